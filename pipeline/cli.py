@@ -1,0 +1,143 @@
+"""The command line. Every command parses, calls one function of the library, prints, and sets the exit code:
+0 done, 1 error (with what to change), 2 finished but some shards failed (they are listed).
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="tamis",
+    help="Sieve a training corpus down to the budget that a model deserves.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file, see configs/")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="Set a key of the configuration; may be given again.")
+]
+RunOption = Annotated[
+    str | None,
+    typer.Option("--run", metavar="DIR", help="Run directory, local or s3:// (default: runs/<name of the file>)."),
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Run directory.")]
+
+
+@app.command()
+def curate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run: RunOption = None,
+    refresh: Annotated[bool, typer.Option(help="List an object store again.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Sieve a corpus: embed, cluster, score, select, write, report."""
+    from pipeline.config import load
+    from pipeline.curation import curate as curate_corpus
+    from pipeline.report.terminal import print_result
+
+    changes = [*(overrides or []), *(["corpus.refresh=true"] if refresh else [])]
+    result = curate_corpus(load(config, changes, run), quiet=quiet)
+    print_result(result)
+    raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None, run: RunOption = None) -> None:
+    """Say what a run would read, write and cost, from a measured sample, before anything runs."""
+    from pipeline.config import load
+    from pipeline.report.plan import make_plan, print_plan
+
+    print_plan(make_plan(load(config, overrides, run)))
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Say how far a run is and what failed."""
+    from pipeline.report.status import print_status
+
+    raise typer.Exit(print_status(run))
+
+
+@app.command()
+def show(
+    run: RunArgument,
+    kept: Annotated[bool, typer.Option("--kept/--dropped", help="Rows that were kept, or dropped.")] = True,
+    by: Annotated[
+        str | None, typer.Option("--by", metavar="SCORE", help="Best first by this score (default: a random sample).")
+    ] = None,
+    lowest: Annotated[bool, typer.Option("--lowest", help="With --by: worst first.")] = False,
+    rows: Annotated[int, typer.Option("-n", min=1, help="Rows to print.")] = 10,
+) -> None:
+    """Print real rows with their scores and the reason for which they were kept or dropped."""
+    from pipeline.report.show import print_rows
+
+    print_rows(run, kept=kept, by=by, lowest=lowest, count=rows)
+
+
+@app.command()
+def ingest(
+    source: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="JSONL (.gz, .zst), CSV, text, WARC/WET, a `datasets` directory; files, directories, globs.",
+        ),
+    ],
+    output: Annotated[str, typer.Option("--output", "-o", metavar="DIR", help="Where the Parquet shards go.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A=B", help="Set an option of the reader.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Ray address, or `inline`.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Actors.")] = None,
+) -> None:
+    """Turn other formats into Parquet shards with ids, one input file a task."""
+    from pipeline.corpus.ingest import ingest_command
+
+    raise typer.Exit(ingest_command(source, output, overrides or [], address, workers))
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    address: Annotated[str, typer.Option(help="Address of the cluster's dashboard, such as http://head:8265.")],
+    overrides: Overrides = None,
+    run: RunOption = None,
+) -> None:
+    """Run `curate` as a Ray job: submit, follow the log, return the job's exit code."""
+    from pipeline.submit import submit_job
+
+    raise typer.Exit(submit_job(config, address, overrides or [], run))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration, for editors."""
+    import json
+
+    from pipeline.config import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point of the console script: errors of the user's become one message and exit code 1."""
+    from pipeline.errors import TamisError
+
+    try:
+        app()
+    except TamisError as error:
+        print(f"tamis: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("tamis: stopped; the same command continues where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Where bytes live: one way to open, list and atomically write, local or on an object store.
+
+A location is a URI (`s3://bucket/key`, `gs://`, `hf://datasets/...`) or a local path. File systems are Arrow's own
+(credentials, region and endpoint come from the environment, as with every other client); schemes that Arrow does not
+know go through fsspec. A file appears in one step: a temporary name and a rename where there are renames, one PUT on
+an object store, so a half-written file never counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs as pafs
+
+
+def is_remote(uri: str) -> bool:
+    """Whether a location names an object store (anything with a scheme but `file://`)."""
+    return "://" in uri and not uri.startswith("file://")
+
+
+@lru_cache(maxsize=64)
+def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
+    """File system and path of a location; errors name the location and what is missing.
+
+    Raises ValueError for a scheme that neither Arrow nor an installed fsspec implementation knows.
+    """
+    if not is_remote(uri):
+        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    scheme, rest = uri.split("://", 1)
+    try:
+        if scheme == "s3" and "?" not in rest:
+            return _s3(), rest
+        return pafs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError) as arrow_error:
+        import fsspec
+
+        try:
+            filesystem, path = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise ValueError(f"cannot open {uri!r}: {error} (Arrow says: {arrow_error})") from error
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
+
+
+@lru_cache(maxsize=1)
+def _s3() -> pafs.FileSystem:
+    """S3 as the environment describes it; path-style addressing wherever an endpoint is named (MinIO, Ceph, tests)."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    options: dict[str, Any] = {"endpoint_override": endpoint, "allow_bucket_creation": False} if endpoint else {}
+    if region or endpoint:
+        options["region"] = region or "us-east-1"
+    return pafs.S3FileSystem(**options)
+
+
+@contextlib.contextmanager
+def atomic_write(filesystem: pafs.FileSystem, path: str) -> Iterator[Any]:
+    """A binary sink whose content appears at `path` when the block ends, whole, or not at all when it raises."""
+    if isinstance(filesystem, pafs.LocalFileSystem):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            with filesystem.open_output_stream(temporary) as sink:
+                yield sink
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(temporary)
+            raise
+        return
+    # Closing an upload that failed half-way would publish the half, so the bytes wait here for their one PUT.
+    buffer = pa.BufferOutputStream()
+    yield buffer
+    with filesystem.open_output_stream(path) as sink:
+        sink.write(buffer.getvalue())
+
+
+def is_disk_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and (error.errno == errno.ENOSPC or "No space left on device" in str(error))
+
+
+@dataclass(frozen=True)
+class Store:
+    """A directory, local or remote, addressed by relative names. Pickles as its URI; opens where it is used."""
+
+    uri: str
+
+    def at(self, *names: str) -> str:
+        """Path of a name below this directory, on `self.filesystem`."""
+        return "/".join((self.path.rstrip("/"), *names)) if names else self.path
+
+    def locate(self, *names: str) -> str:
+        """URI of a name below this directory, for people and other programs."""
+        return "/".join((self.uri.rstrip("/"), *names))
+
+    @property
+    def filesystem(self) -> pafs.FileSystem:
+        return resolve(self.uri)[0]
+
+    @property
+    def path(self) -> str:
+        return resolve(self.uri)[1]
+
+    @property
+    def local(self) -> bool:
+        return not is_remote(self.uri)
+
+    def child(self, *names: str) -> Store:
+        return Store(self.locate(*names))
+
+    def exists(self, *names: str) -> bool:
+        return bool(self.filesystem.get_file_info(self.at(*names)).type != pafs.FileType.NotFound)
+
+    def read(self, *names: str) -> bytes:
+        with self.filesystem.open_input_stream(self.at(*names)) as source:
+            return bytes(source.read())
+
+    def write(self, content: bytes, *names: str) -> None:
+        with self.sink(*names) as sink:
+            sink.write(content)
+
+    def sink(self, *names: str) -> contextlib.AbstractContextManager[Any]:
+        return atomic_write(self.filesystem, self.at(*names))
+
+    def files(self, *names: str, recursive: bool = False) -> dict[str, int]:
+        """Names (relative to the directory listed) and sizes of the files below; temporaries are left out."""
+        root = self.at(*names).rstrip("/")
+        selector = pafs.FileSelector(root, recursive=recursive, allow_not_found=True)
+        infos = [i for i in self.filesystem.get_file_info(selector) if i.type == pafs.FileType.File]
+        return {i.path[len(root) + 1 :]: int(i.size) for i in infos if not i.path.endswith(".tmp")}
+
+    def remove(self, *names: str) -> None:
+        """Delete a file or a whole directory; nothing happens where there is none."""
+        info = self.filesystem.get_file_info(self.at(*names))
+        if info.type == pafs.FileType.Directory:
+            self.filesystem.delete_dir(info.path)
+        elif info.type == pafs.FileType.File:
+            self.filesystem.delete_file(info.path)

@@ -1,0 +1,67 @@
+"""The dataset card: what was kept, from what, by which recipe, with which totals. Markdown, in the curated directory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from pipeline import __version__
+from pipeline.corpus.storage import Store
+from pipeline.run import Run
+from pipeline.select.stage import Selection
+
+
+def write_card(run: Run, selection: Selection, directory: Store, files: list[dict[str, Any]]) -> None:
+    """Write README.md: a front matter that `datasets` and the hub read, then the totals and the configuration."""
+    config = run.config.model_dump(mode="json", exclude={"engine"}, exclude_none=True)
+    front = {
+        "configs": [{"config_name": "default", "data_files": _glob(files)}],
+        "tags": ["tamis"],
+        "size_categories": [_size(selection.rows)],
+    }
+    reasons = "\n".join(f"| {reason} | {count:,} |" for reason, count in selection.reasons.items())
+    failed = "".join(f"- `{f['file']}`: {f['reason']}\n" for f in run.failures) or "Nothing: every file was read.\n"
+    text = f"""---
+{yaml.safe_dump(front, sort_keys=False)}---
+
+# {run.store.uri.rstrip("/").rsplit("/", 1)[-1]}
+
+{selection.rows:,} of {run.rows:,} rows, {selection.tokens:,} tokens ({run.tokens_named}), {selection.bytes:,} bytes of text,
+in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the source's schema and order.
+
+## What became of every row
+
+| reason | rows |
+| --- | ---: |
+{reasons}
+
+## What is missing
+
+{failed}
+## Recipe
+
+```yaml
+{yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}```
+
+Fingerprint of the selection: `{run.plans["select"].fingerprint}`. The lineage of every file is in the run's `manifest.json`.
+"""
+    directory.write(text.encode(), "README.md")
+
+
+def _glob(files: list[dict[str, Any]]) -> str:
+    return f"{files[0]['file'].split('0')[0]}*.parquet"
+
+
+def _size(rows: int) -> str:
+    """The hub's size category of a number of rows."""
+    edges = [
+        (10**3, "n<1K"),
+        (10**4, "1K<n<10K"),
+        (10**5, "10K<n<100K"),
+        (10**6, "100K<n<1M"),
+        (10**7, "1M<n<10M"),
+        (10**8, "10M<n<100M"),
+    ]
+    edges += [(10**9, "100M<n<1B"), (10**10, "1B<n<10B"), (10**11, "10B<n<100B"), (10**12, "100B<n<1T")]
+    return next((name for edge, name in edges if rows < edge), "n>1T")

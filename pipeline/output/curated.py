@@ -1,0 +1,67 @@
+"""The curated set: the kept rows as Parquet, a card that says what they are, and the lineage of every file.
+
+`layout: parquet` keeps the source's schema and row order and may add a struct column `tamis` (id, concept, scores).
+`layout: nanochat` writes what that trainer reads: `shard_00000.parquet`, one `text` column, row groups of 1,024 rows to
+stripe over ranks, and a last shard for validation, here a random sample of the kept rows rather than their tail.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from pipeline.corpus.shards import MIB
+from pipeline.corpus.storage import Store
+from pipeline.output.card import write_card
+from pipeline.output.write import Annotation, Subset, write_subset
+from pipeline.run import Run
+from pipeline.select.stage import Selection
+from pipeline.select.subset import subset
+
+VALIDATION_SHARE = 0.01
+VALIDATION_ROWS = 50_000
+NANOCHAT_GROUP = 1024
+
+
+def write_curated(run: Run, selection: Selection) -> tuple[Store, list[dict[str, Any]]]:
+    """Write the curated set. Returns its directory and the lineage of its files."""
+    output = run.config.output
+    directory = Store(output.path) if output.path else run.store.child("curated")
+    file_bytes = output.file_mb * MIB
+    if output.layout == "nanochat":
+        files = _nanochat(run, selection, directory, file_bytes)
+    else:
+        kept = Subset(
+            keep="select",
+            directory=directory,
+            pattern="part-{:05d}.parquet",
+            columns=tuple(run.config.corpus.columns or run.schema.names),
+            annotations=score_annotations(run) if output.scores else (),
+            row_group_rows=output.row_group_rows,
+        )
+        files = write_subset(run, kept, file_bytes, "write")
+    write_card(run, selection, directory, files)
+    run.manifest["curated"] = {"path": directory.uri, "files": files}
+    run.save()
+    return directory, files
+
+
+def score_annotations(run: Run) -> tuple[Annotation, ...]:
+    """Row id, concept and every score, as far as the run has them."""
+    found = [Annotation("id", "row", "key")]
+    if "concept" in run.plans:
+        found.append(Annotation("concept", "concept", "concept"))
+    found += [Annotation(s.column_name, s.column_name, "score") for s in run.config.scores]
+    return tuple(found)
+
+
+def _nanochat(run: Run, selection: Selection, directory: Store, file_bytes: float) -> list[dict[str, Any]]:
+    wanted = min(VALIDATION_ROWS, max(1, int(selection.rows * VALIDATION_SHARE)))
+    subset(run, "validation", rows=wanted, seed=run.seed)
+    columns = (run.config.corpus.text,)
+    train = Subset(
+        "select", directory, "shard_{:05d}.parquet", columns, without="validation", row_group_rows=NANOCHAT_GROUP
+    )
+    files = write_subset(run, train, file_bytes, "write")
+    validation = replace(train, keep="validation", without=None, first=len(files))
+    return [*files, *write_subset(run, validation, float("inf"), "write val")]

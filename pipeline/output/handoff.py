@@ -1,0 +1,55 @@
+"""The hand-off: two disjoint subsets of the curated set, named in `handoff.json`, for whoever compresses a model.
+
+`calibration` is a few hundred rows with equal shares of every concept, `recovery` a token budget drawn at random from
+the rest. Both are Parquet below `<run>/handoff/`, in the source's schema, and the file says so in the words that
+compression tools use for their arguments.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from pipeline.corpus.shards import MIB
+from pipeline.output.write import Subset, write_subset
+from pipeline.run import Run
+from pipeline.select.stage import Selection
+from pipeline.select.subset import Drawn, subset
+
+
+def write_handoff(run: Run, selection: Selection) -> None:
+    """Draw and write both subsets and `handoff.json`; one that the configuration sets to 0 is left out."""
+    wanted = run.config.handoff
+    concepts = selection.concepts()
+    described: dict[str, Any] = {
+        "format": "tamis-handoff-1",
+        "selection": run.plans["select"].fingerprint,
+        "text_column": run.config.corpus.text,
+        "tokens_counted_by": run.tokens_named,
+    }
+    drawn: list[str] = []
+    if wanted.calibration_rows:
+        rows = min(wanted.calibration_rows, max(1, selection.rows // 2))  # something must be left to recover on
+        number = 0 if concepts is None else concepts.num_rows
+        described["calibration"] = _write(run, subset(run, "calibration", rows=rows, seed=run.seed, concepts=number))
+        drawn.append("calibration")
+    if wanted.recovery_tokens and selection.rows > 1:
+        recovery = subset(run, "recovery", tokens=wanted.recovery_tokens, seed=run.seed, without=tuple(drawn))
+        described["recovery"] = _write(run, recovery)
+    run.store.write(json.dumps(described, indent=2).encode(), "handoff.json")
+
+
+def _write(run: Run, drawn: Drawn) -> dict[str, Any]:
+    directory = run.store.child("handoff", drawn.name)
+    columns = tuple(run.config.corpus.columns or run.schema.names)
+    kept = Subset(
+        drawn.name, directory, "part-{:05d}.parquet", columns, row_group_rows=run.config.output.row_group_rows
+    )
+    files = write_subset(run, kept, run.config.output.file_mb * MIB, f"write {drawn.name}")
+    return {
+        "dataset": directory.uri,
+        "data_files": f"{directory.uri}/*.parquet",
+        "num_samples": sum(f["rows"] for f in files),
+        "fingerprint": run.plans[drawn.name].fingerprint,
+        "files": [{"file": f["file"], "rows": f["rows"], "fingerprint": f["fingerprint"]} for f in files],
+    }

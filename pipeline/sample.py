@@ -1,0 +1,117 @@
+"""A reproducible sample of rows: those whose keys have the smallest hashes under a seed.
+
+It depends on the rows and the seed alone, not on shards, batches or workers, and a larger sample contains the smaller
+ones. Rows with the same key count once, so a page that stands there a million times does not fill the sample, and
+doubling a corpus does not change it. The rows come sorted by hash, which is a random order: any prefix is a sample.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.errors import TamisError
+from pipeline.hashing import hash64, row_keys
+from pipeline.recipe import State
+from pipeline.vectors import matrix
+
+if TYPE_CHECKING:
+    from pipeline.run import Artifact, Run
+
+LENGTH = ".length"
+"""A text column is two arrays of the state: its bytes end to end, and under this suffix the bytes of each row."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Statistic: `values` of about the `rows` rows with the smallest hashes, out of a corpus of `of` rows.
+
+    State: `hash` (m uint64, ascending) and for every reference in `values` an array of m rows: numbers as (m,), vectors
+    as (m, d), texts cut to `max_bytes` as bytes (read them with `texts`). m <= rows. Memory: m rows in all, and in any
+    one shard about its share, because a shard drops at once what cannot be among the smallest of the whole corpus. The
+    cut lies 6 standard deviations above the share that is wanted: m < rows only where keys repeat or rows are unusable.
+    """
+
+    values: tuple[str, ...]
+    rows: int
+    of: int
+    seed: int
+    key: str = "row.key"
+    """Reference to hash: `row.key`, or `text`, whose key is computed here and spares reading another column."""
+    max_bytes: int = 4096
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys([self.key, *self.values]))
+
+    def update(self, state: State, batch: pa.RecordBatch) -> State:
+        keys = batch.column(self.key)
+        hashes = hash64(keys if self.key == "row.key" else row_keys(keys), self.seed)
+        share = min(1.0, (self.rows + 6 * math.sqrt(self.rows) + 32) / max(self.of, 1))
+        drawn = np.flatnonzero(hashes <= np.uint64(min(int(share * 2.0**64), 2**64 - 1)))
+        rows: State = {"hash": hashes[drawn]}
+        for name in self.values:
+            rows |= self._pack(name, batch.column(name).take(pa.array(drawn)))
+        return self.merge([state, rows] if state else [rows])
+
+    def merge(self, states: Sequence[State]) -> State:
+        hashes = np.concatenate([s["hash"] for s in states])
+        smallest, first = np.unique(hashes, return_index=True)
+        order = first[: self.rows]
+        merged: State = {"hash": smallest[: self.rows]}
+        for name in self.values:
+            joined = np.concatenate([s[name] for s in states])
+            if name + LENGTH in states[0]:
+                lengths = np.concatenate([s[name + LENGTH] for s in states])
+                merged |= self._pack(name, _binary(joined, lengths).take(pa.array(order)))
+            else:
+                merged[name] = joined[order]
+        return merged
+
+    def _pack(self, name: str, values: pa.Array) -> State:
+        if pa.types.is_fixed_size_list(values.type):
+            return {name: matrix(values)}
+        if not (
+            pa.types.is_string(values.type)
+            or pa.types.is_large_string(values.type)
+            or pa.types.is_large_binary(values.type)
+        ):
+            return {name: values.to_numpy(zero_copy_only=False)}
+        cut = pc.binary_slice(values.cast(pa.large_binary()), 0, self.max_bytes)
+        offsets = np.frombuffer(cut.buffers()[1], np.int64)[cut.offset : cut.offset + len(cut) + 1]
+        content = np.frombuffer(cut.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
+        return {name: content, name + LENGTH: np.diff(offsets)}
+
+
+def texts(state: State, name: str = "text") -> list[str]:
+    """The m texts of a sample's state; a character that the cut has broken is left out."""
+    return [v.decode(errors="ignore") for v in _binary(state[name], state[name + LENGTH]).to_pylist()]
+
+
+def _binary(content: np.ndarray, lengths: np.ndarray) -> pa.LargeBinaryArray:
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(np.ascontiguousarray(content))]
+    return pa.Array.from_buffers(pa.large_binary(), len(lengths), buffers)
+
+
+def needs_fit(run: Run, name: str, identity: str) -> bool:
+    """Whether `run.artifact(name, identity, ...)` has to build; asked before an aggregate that only the build needs."""
+    stored = run.store.child("artifacts", name)
+    return not stored.exists("artifact.json") or json.loads(stored.read("artifact.json"))["fingerprint"] != identity
+
+
+def stored(run: Run, name: str) -> Artifact:
+    """The artifact of a name as it lies in the run. Raises TamisError where there is none yet."""
+    from pipeline.run import Artifact
+
+    store = run.store.child("artifacts", name)
+    if not store.exists("artifact.json"):
+        raise TamisError(f"the run has no artifact {name!r} yet: fit it first")
+    return Artifact(name, json.loads(store.read("artifact.json"))["fingerprint"], store)
