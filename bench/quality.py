@@ -2,8 +2,9 @@
 
 usage: python bench/quality.py [--corpus DIR] [--model BIN] [--rows N] [--rounds R]
 
-fastText gets Python strings without line breaks, ready to predict: its best case. The transform gets Arrow batches with
-the text as it is in the corpus, and its time includes preparing it. Both run in turns; the ratio is of their best times.
+fastText gets Python strings without line breaks, ready to predict: its best case. The transform gets Arrow batches
+with the text as it is in the corpus, and its time includes preparing it. Both run in turns; the ratio is of their best
+times.
 """
 
 from __future__ import annotations

@@ -14,100 +14,69 @@ is computed again. So a crash, a changed parameter and an added file need no spe
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
-import socket
-import tempfile
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import __version__
-from pipeline.corpus.listing import list_corpus, read_footers, reference_schema
+from pipeline.artifact import Artifact, BuildTask
+from pipeline.corpus.listing import File, list_corpus, read_footers, reference_schema
 from pipeline.corpus.shards import MIB, Shard, default_shard_bytes, plan_shards
 from pipeline.corpus.storage import Store
 from pipeline.corpus.text import is_text
-from pipeline.engine.aggregate import FAN_IN, FoldTask, MergeTask, load_state, merge
-from pipeline.engine.materialize import MaterializeTask, Plan
-from pipeline.engine.parts import part_name, stale
+from pipeline.engine.aggregate import FAN_IN, MANY_SHARDS, FoldTask, MergeTask, load_state, state_name
+from pipeline.engine.materialize import Filling, MaterializeTask, Plan, stored_fields
+from pipeline.engine.parts import part_name, survey
 from pipeline.engine.pool import InlinePool, Outcome, Pool, Task
 from pipeline.engine.progress import Progress
 from pipeline.engine.reading import Layout
-from pipeline.engine.regroup import PARTITION_BYTES, GatherTask, Reduce, Regroup, ScatterTask, SplitTask, missing_parts
-from pipeline.errors import ConfigError, CorpusError, NoShardLeft, RunLocked, TamisError, TooManyBadRows
+from pipeline.engine.regroup import (
+    PARTITION_BYTES,
+    GatherTask,
+    Reduce,
+    Regroup,
+    ScatterTask,
+    SplitTask,
+    blocks_of,
+    check_key,
+)
+from pipeline.errors import ConfigError, CorpusError, DiskFull, NoShardLeft, TamisError, TooManyBadRows
+from pipeline.lock import RunLock
 from pipeline.recipe import Column, Resources, State, Statistic, fingerprint
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
-MARKER = "artifact.json"
+__all__ = ["Artifact", "Run"]
+
 LIGHT_BYTES = 256 << 20
-"""A pass that reads less than this from stored columns runs in the driver when Ray is not up: starting it costs more."""
-HEARTBEAT_S = 15.0
-STALE_S = 120.0
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A directory of files fitted on the whole corpus; pickles, and opens in any worker."""
-
-    name: str
-    fingerprint: str
-    store: Store
-
-    def local(self) -> Path:
-        """The directory on this machine; a remote one is fetched once a machine."""
-        if self.store.local:
-            return Path(self.store.path)
-        cache = Path(tempfile.gettempdir()) / f"tamis-artifacts-{os.getuid()}" / f"{self.name}-{self.fingerprint}"
-        if not (cache / MARKER).exists():
-            incoming = cache.with_name(f"{cache.name}.{uuid.uuid4().hex[:8]}.tmp")
-            for name in self.store.files(recursive=True):
-                (incoming / name).parent.mkdir(parents=True, exist_ok=True)
-                (incoming / name).write_bytes(self.store.read(*name.split("/")))
-            try:
-                incoming.rename(cache)
-            except OSError:  # another worker of this machine was first
-                shutil.rmtree(incoming)
-        return cache
-
-
-@dataclass
-class _BuildTask:
-    """Fit an artifact in one worker and publish its files; the marker comes last and makes it count."""
-
-    store: Store
-    build: Callable[[Path], None]
-
-    def __call__(self, identity: str, attempt: int) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="tamis-build-") as directory:
-            self.build(Path(directory))
-            self.store.remove()
-            for file in sorted(p for p in Path(directory).rglob("*") if p.is_file()):
-                self.store.write(file.read_bytes(), *file.relative_to(directory).parts)
-        self.store.write(json.dumps({"fingerprint": identity}).encode(), MARKER)
-        return {"rows": 0, "bytes": 0}
+"""A pass that reads less than this from stored columns is done in the driver while Ray is down: starting it takes longer."""
+RECUT = 4
+"""Shards are cut anew when the size that they should have is so many times off the size that they have."""
 
 
 @dataclass
 class _FooterTask:
+    """Read the footers of some files into a table in the run's scratch."""
+
     store: Store
 
-    def __call__(self, unit: tuple[int, list[tuple[str, int, int]]], attempt: int) -> dict[str, Any]:
+    def __call__(self, unit: tuple[int, list[File]], attempt: int) -> dict[str, Any]:
         index, files = unit
-        table = read_footers(files)
         with self.store.sink("scratch", "listing", part_name(index)) as sink:
-            pq.write_table(table, sink)
+            pq.write_table(read_footers(files), sink)
         return {"rows": 0, "bytes": 0}
 
 
@@ -127,152 +96,130 @@ class Run:
         self.seed = self.config.seed
         self.manifest: dict[str, Any] = {}
         self._pool: Pool | None = None
-        self._stop = threading.Event()
-        self._session = uuid.uuid4().hex
+        self._lock = RunLock(self.store)
 
     # ---- opening and closing
 
     def __enter__(self) -> Run:
-        self._lock()
         try:
-            if self.store.exists("manifest.json"):
+            self._lock.acquire()
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"run: cannot write to {self.store.uri}: {error}") from error
+        try:
+            with contextlib.suppress(FileNotFoundError, ValueError):
                 self.manifest = json.loads(self.store.read("manifest.json"))
             described = self.config.model_dump(mode="json")
-            self.manifest |= {
-                "tamis": __version__,
-                "config": described,
-                "status": "running",
-                "passes": [],
-                "failed": {},
-            }
+            self.manifest |= {"tamis": __version__, "config": described, "status": "running", "passes": []}
             self._list()
             self.save()
         except BaseException:
-            self._unlock()
+            self._lock.release()
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self.manifest |= {"status": "failed", "error": str(error) or kind.__name__ if kind else ""}
-            self.save()
-        if self._pool is not None:
-            self._pool.close()
-        self._unlock()
+        try:
+            if self._pool is not None:
+                self._pool.close()
+            if error is not None:
+                self.manifest |= {"status": "failed", "error": str(error) or type(error).__name__}
+                with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
+                    self.save()
+        finally:
+            self._lock.release()
 
     def finish(self) -> None:
         """Say that the run is complete, and let go of scratch files."""
         self.store.remove("scratch")
-        self.manifest |= {"status": "finished with failed shards" if self.failures else "done"}
+        self.manifest["status"] = "finished with failed shards" if self.failures else "done"
         self.manifest.pop("error", None)
         self.save()
+
+    def save(self) -> None:
+        """Write the manifest."""
+        self.manifest["failed"] = self.failures
+        self.store.write(json.dumps(self.manifest, indent=2, default=str).encode(), "manifest.json")
 
     @property
     def failures(self) -> list[dict[str, str]]:
         """Everything of the corpus that is not in the result, with the reason: unreadable files and given-up shards."""
-        bad = self.listing.filter(self.listing["error"].is_valid())
-        files = [
-            {"file": u, "reason": e} for u, e in zip(bad["uri"].to_pylist(), bad["error"].to_pylist(), strict=True)
-        ]
-        return files + [
-            {
-                "file": piece.uri,
-                "row_groups": f"{piece.first_group}..{piece.first_group + len(piece.rows) - 1}",
-                "reason": why,
-            }
-            for index, why in sorted(self.failed.items())
-            for piece in self.shards[index].pieces
-        ]
-
-    def save(self) -> None:
-        self.manifest["failed"] = self.failures if hasattr(self, "listing") else []
-        self.store.write(json.dumps(self.manifest, indent=2, default=str).encode(), "manifest.json")
-
-    def _lock(self) -> None:
-        """Take the directory, or say who has it. A lock whose process is gone, or silent for two minutes, is void."""
-        me = {"host": socket.gethostname(), "pid": os.getpid(), "session": self._session, "since": time.time()}
-        if self.store.exists("lock.json"):
-            owner = json.loads(self.store.read("lock.json"))
-            here = owner["host"] == me["host"]
-            alive = _alive(owner["pid"]) if here else time.time() - owner["beat"] < STALE_S
-            if alive:
-                since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(owner["since"]))
-                raise RunLocked(
-                    f"another run works in {self.store.uri}: process {owner['pid']} on {owner['host']} since {since}. "
-                    "Wait for it, stop it, or give this run another directory with --run"
-                )
-
-        def beat() -> None:
-            self.store.write(json.dumps(me | {"beat": time.time()}).encode(), "lock.json")
-
-        def keep_beating() -> None:
-            while not self._stop.wait(HEARTBEAT_S):
-                beat()
-
-        beat()
-        if json.loads(self.store.read("lock.json"))["session"] != self._session:
-            raise RunLocked(f"another run has just started in {self.store.uri}")
-        threading.Thread(target=keep_beating, daemon=True).start()
-
-    def _unlock(self) -> None:
-        self._stop.set()
-        self.store.remove("lock.json")
+        bad = self.listing.filter(pc.and_(self.listing["error"].is_valid(), pc.invert(self.listing["gone"])))
+        files = [{"file": file["uri"], "reason": file["error"]} for file in bad.select(["uri", "error"]).to_pylist()]
+        for index, why in sorted(self.failed.items()):
+            for piece in self.shards[index].pieces:
+                groups = f"{piece.first_group}..{piece.first_group + len(piece.rows) - 1}"
+                files.append({"file": piece.uri, "row_groups": groups, "reason": why})
+        return files
 
     # ---- the corpus
 
     def _list(self) -> None:
         corpus = self.config.corpus
-        wanted = (
-            None
-            if corpus.columns is None
-            else list(dict.fromkeys([*corpus.columns, corpus.text, *([corpus.id] if corpus.id else [])]))
-        )
+        wanted = None
+        if corpus.columns is not None:
+            wanted = list(dict.fromkeys([*corpus.columns, corpus.text, *([corpus.id] if corpus.id else [])]))
         self.listing = list_corpus(corpus.paths, self.store, wanted, corpus.refresh, self._read_chunks)
         self.schema = reference_schema(self.listing)
         for role, name in (("text", corpus.text), ("id", corpus.id), ("source", corpus.source)):
             if name is not None and name not in self.schema.names:
-                raise ConfigError(
-                    f"corpus.{role}: the corpus has no column {name!r}; it has {', '.join(self.schema.names)}"
-                )
-        if not is_text(self.schema.field(corpus.text).type):
-            raise ConfigError(f"corpus.text: column {corpus.text!r} is {self.schema.field(corpus.text).type}, not text")
-        target = (
-            int(corpus.shard_mb * MIB)
-            if corpus.shard_mb
-            else self.manifest.get("shard_bytes") or default_shard_bytes(self.listing)
-        )
-        self.manifest["shard_bytes"] = target
-        self.shards = plan_shards(self.listing, target)
-        if not self.shards:
+                columns = ", ".join(self.schema.names)
+                raise ConfigError(f"corpus.{role}: the corpus has no column {name!r}; it has {columns}")
+        kind = self.schema.field(corpus.text).type
+        if not is_text(kind):
+            raise ConfigError(f"corpus.text: column {corpus.text!r} is {kind}, not text")
+        self.shards = plan_shards(self.listing, self._shard_bytes())
+        if not self.rows:
             raise CorpusError(f"corpus.path: the corpus has no rows in {len(self.listing)} files")
         self.layout = Layout(self.store, corpus.text, corpus.id)
-        self.manifest["corpus"] = {"files": len(self.listing), "shards": len(self.shards), "rows": self.rows}
+        files, identity = pc.sum(pc.invert(self.listing["gone"])).as_py(), self._live_fingerprint()
+        if self.manifest.get("corpus", {}).get("identity", identity) != identity:
+            self._sweep()
+        self.manifest["corpus"] = {"files": files, "shards": len(self.live), "rows": self.rows, "identity": identity}
 
-    def _read_chunks(self, chunks: list[list[tuple[str, int, int]]]) -> Iterable[pa.Table]:
-        if len(chunks) < 2:
-            return [read_footers(chunk) for chunk in chunks]
-        self._all("list", _FooterTask(self.store), list(enumerate(chunks)), light=False)
-        parts = [
-            pq.read_table(pa.BufferReader(self.store.read("scratch", "listing", part_name(i))))
-            for i in range(len(chunks))
-        ]
+    def _sweep(self) -> None:
+        """Remove the parts of shards that are no more."""
+        there = {part_name(s.index) for s in self.live}
+        for room in ("columns", "quarantine"):
+            for path in self.store.files(room, recursive=True):
+                *directory, name = path.split("/")
+                if name not in there:
+                    self.store.remove(room, *directory, name)
+
+    def _shard_bytes(self) -> int:
+        """Compressed bytes a shard: as configured, or as before unless the corpus has become quite another."""
+        if self.config.corpus.shard_mb:
+            size = int(self.config.corpus.shard_mb * MIB)
+        else:
+            size = default_shard_bytes(self.listing)
+            before = self.manifest.get("shard_bytes", size)
+            if size / RECUT <= before <= size * RECUT:
+                size = before
+        self.manifest["shard_bytes"] = size
+        return int(size)
+
+    def _read_chunks(self, chunks: list[list[File]]) -> Iterable[pa.Table]:
+        if len(chunks) == 1:
+            return [read_footers(chunks[0])]
+        self._all("list", _FooterTask(self.store), list(enumerate(chunks)))
+        names = [("scratch", "listing", part_name(i)) for i in range(len(chunks))]
+        tables = [pq.read_table(pa.BufferReader(self.store.read(*name))) for name in names]
         self.store.remove("scratch", "listing")
-        return parts
+        return tables
 
     @property
     def live(self) -> list[Shard]:
         """Shards that still take part."""
-        return [s for s in self.shards if s.index not in self.failed]
+        live = [s for s in self.shards if s.pieces and s.index not in self.failed]
+        if not live:
+            raise NoShardLeft(f"every shard failed; the first: {next(iter(self.failed.values()))}")
+        return live
 
     @cached_property
     def rows(self) -> int:
+        """Rows of the corpus, those of failed shards included."""
         return sum(s.rows for s in self.shards)
-
-    @property
-    def text(self) -> str:
-        return "text"
 
     @property
     def tokens_named(self) -> str:
@@ -285,16 +232,19 @@ class Run:
         return fingerprint([self._reference(r) for r in references], self._live_fingerprint())
 
     def _live_fingerprint(self) -> str:
-        key = len(self.failed)
-        if getattr(self, "_live_known", (None, ""))[0] != key:
-            self._live_known = (key, fingerprint([s.fingerprint for s in self.live]))
-        return self._live_known[1]
+        known, value = getattr(self, "_live_known", (-1, ""))
+        if known != len(self.failed):  # shards only ever drop out
+            value = fingerprint([(s.index, s.fingerprint) for s in self.live])
+            self._live_known = (len(self.failed), value)
+        return value
 
     def _reference(self, reference: str) -> str:
         source = self.layout.source_column(reference)
-        if source is not None:
-            return f"source:{source}"
         column, _, name = reference.partition(".")
+        if source is not None:
+            if source not in self.schema.names:
+                raise ConfigError(f"a recipe reads column {source!r}; the corpus has {', '.join(self.schema.names)}")
+            return f"source:{source}"
         if column == "address":
             return reference
         if column not in self.plans:
@@ -311,125 +261,147 @@ class Run:
     # ---- the verbs
 
     def materialize(self, columns: Sequence[Column]) -> None:
-        """Compute what is missing or stale of some columns; those that need the same actor share one read."""
+        """Compute what is missing or stale of some columns; those that need the same actor share one read.
+
+        A column may read those before it. Raises TooManyBadRows, NoShardLeft, DiskFull.
+        """
         plans = [self.plan(c) for c in columns]
-        for resources in dict.fromkeys(p.column.resources for p in plans):
-            self._materialize([p for p in plans if p.column.resources == resources], resources)
+        shapes = [self._resources(p.column.resources) for p in plans]
+        for shape in dict.fromkeys(shapes):
+            self._materialize([p for p, s in zip(plans, shapes, strict=True) if s == shape], shape)
 
     def _materialize(self, plans: list[Plan], resources: Resources) -> None:
         todo: dict[int, list[str]] = {}
+        bad: dict[str, int] = {}
         for plan in plans:
-            wanted = {s.index: plan.part(s) for s in self.live}
-            for index in stale(self.store, ("columns", plan.column.name), wanted):
+            stale, bad[plan.column.name] = self._survey(plan)
+            for index in stale:
                 todo.setdefault(index, []).append(plan.column.name)
-        bad = {p.column.name: self._quarantined(p, skip=set(todo)) for p in plans}
-        units = [(self.shards[i], tuple(names)) for i, names in sorted(todo.items())]
+        self._check_space(plans, todo)
+        outdated = {p.column.name: self.store.files("quarantine", p.column.name) for p in plans} if todo else {}
+        units = [
+            Filling(self.shards[i], tuple(names), tuple(n for n in names if part_name(i) in outdated[n]))
+            for i, names in sorted(todo.items())
+        ]
         label = "+".join(p.column.name for p in plans)
         light = self._is_light([r for p in plans for r in p.column.inputs])
         for outcome in self.map(label, MaterializeTask(self.layout, tuple(plans)), units, resources, light):
             if outcome.error:
-                self.failed[units[outcome.index][0].index] = f"{label}: {outcome.error}"
-                continue
-            for name, count in outcome.result["bad"].items():
+                self.failed[units[outcome.index].shard.index] = f"{label}: {outcome.error}"
+            for name, count in outcome.result.get("bad", {}).items():
                 bad[name] += count
             self._check_bad(bad)
         self._check_bad(bad)
-        if not self.live:
-            raise NoShardLeft(f"every shard failed; the first: {next(iter(self.failed.values()))}")
         for plan in plans:
-            self.manifest.setdefault("columns", {})[plan.column.name] = {
-                "fingerprint": plan.fingerprint,
-                "computed": sum(plan.column.name in names for names in todo.values()),
-                "quarantined": bad[plan.column.name],
-            }
+            self._note_column(plan, sum(plan.column.name in names for names in todo.values()), bad[plan.column.name])
         self.save()
 
-    def _quarantined(self, plan: Plan, skip: set[int]) -> int:
-        """Rows that earlier runs put in quarantine for this column, over shards that are not computed again."""
-        there = self.store.files("quarantine", plan.column.name)
-        count = 0
-        for shard in self.live:
-            if part_name(shard.index) in there and shard.index not in skip:
-                with self.store.filesystem.open_input_file(
-                    self.store.at("quarantine", plan.column.name, part_name(shard.index))
-                ) as source:
-                    count += pq.read_metadata(source).num_rows
-        return count
+    def _survey(self, plan: Plan) -> tuple[list[int], int]:
+        """Shards whose part is missing or not true, and the rows that the others have in quarantine."""
+        wanted = {s.index: (plan.part(s), s.rows) for s in self.live}
+        return survey(self.store, ("columns", plan.column.name), wanted)
+
+    def _note_column(self, plan: Plan, computed: int, bad: int) -> None:
+        entry = {"fingerprint": plan.fingerprint, "parts": len(self.live), "computed": computed, "quarantined": bad}
+        self.manifest.setdefault("columns", {})[plan.column.name] = entry
+
+    def _check_space(self, plans: list[Plan], todo: dict[int, list[str]]) -> None:
+        """Say before any work when what will be written cannot fit on the disk."""
+        if not self.store.local:
+            return
+        need = 0
+        for plan in plans:
+            rows = sum(self.shards[i].rows for i, names in todo.items() if plan.column.name in names)
+            width = sum(_bits(f.type) for f in stored_fields(plan.column)) // 8
+            need += max(0, rows * width - sum(self.store.files("columns", plan.column.name).values()))
+        free = shutil.disk_usage(self.store.path).free
+        if need > free:
+            names = ", ".join(p.column.name for p in plans)
+            raise DiskFull(
+                f"{names}: at least {need / 1e9:.1f} GB will be written to {self.store.uri}, where {free / 1e9:.1f} GB "
+                "are free; make room, or give the run another directory with --run"
+            )
 
     def _check_bad(self, bad: dict[str, int]) -> None:
         limit = self.config.engine.max_bad_fraction
         for name, count in bad.items():
             if count > limit * self.rows:
                 raise TooManyBadRows(
-                    f"{count:,} of {self.rows:,} rows are in quarantine for {name!r}, more than engine.max_bad_fraction = {limit:g} allows; "
-                    f"see {self.store.locate('quarantine', name)}, mend the corpus or raise the limit"
+                    f"{count:,} of {self.rows:,} rows are in quarantine for {name!r}, more than "
+                    f"engine.max_bad_fraction = {limit:g} allows; see {self.store.locate('quarantine', name)}, "
+                    "mend the corpus or raise the limit"
                 )
 
     def aggregate(self, statistic: Statistic, label: str = "") -> State:
-        """Fold a statistic over the live shards and merge it as a tree. Returns `{}` where no row was usable."""
+        """Fold a statistic over the live shards and merge it as a tree. Returns `{}` where no row was usable.
+
+        A shard that cannot be read is given up, and the others are folded again without it. Raises NoShardLeft.
+        """
         directory = ("scratch", f"{type(statistic).__name__}-{uuid.uuid4().hex[:8]}")
         label = label or type(statistic).__name__.lower()
-        thin = not any(self.layout.source_column(r) for r in statistic.inputs)
-        step = FAN_IN if thin else 1
         light = self._is_light(statistic.inputs)
+        for reference in statistic.inputs:
+            self._reference(reference)
         try:
-            count = self._fold(statistic, directory, step, label, light)
+            count = self._fold(statistic, directory, label, light)
             level = 0
-            while count > FAN_IN:
+            while count > 1:
                 units = [(level, i, count) for i in range(-(-count // FAN_IN))]
                 self._all(f"{label} merge", MergeTask(self.store, statistic, directory), units, light)
                 level, count = level + 1, len(units)
-            states = [load_state(self.store, *directory, f"{level}-{i:05d}.npz") for i in range(count)]
-            return merge(statistic, states)
+            return load_state(self.store, *directory, state_name(level, 0))
         finally:
-            self.store.remove(*directory)
+            with contextlib.suppress(OSError):
+                self.store.remove(*directory)
 
-    def _fold(self, statistic: Statistic, directory: tuple[str, ...], step: int, label: str, light: bool) -> int:
-        """Fold until every live shard is in; a shard that fails takes no further part and the fold is made again."""
+    def _fold(self, statistic: Statistic, directory: tuple[str, ...], label: str, light: bool) -> int:
+        """Fold until every live shard is in; returns how many states there are."""
+        thin = not any(self.layout.source_column(r) for r in statistic.inputs)
         while True:
             live = self.live
-            if not live:
-                raise NoShardLeft(f"every shard failed; the first: {next(iter(self.failed.values()))}")
+            step = FAN_IN if thin and len(live) >= MANY_SHARDS else 1
             groups = [(i // step, tuple(live[i : i + step])) for i in range(0, len(live), step)]
-            lost = False
             for outcome in self.map(label, FoldTask(self.layout, statistic, directory), groups, light=light):
                 if outcome.error:
-                    lost = True
-                    for shard in groups[outcome.index][1]:
-                        self.failed[shard.index] = f"{label}: {outcome.error}"
-            if not lost:
+                    self.failed |= {s.index: f"{label}: {outcome.error}" for s in groups[outcome.index][1]}
+            if len(self.live) == len(live):
                 return len(groups)
 
     def regroup(self, column: Column, key: str, reduce: Reduce) -> None:
         """Bring rows with the same key together and fill a column with what `reduce` finds about them.
 
-        `column.inputs` are the thin values that travel beside the key; its `open` is not used. What is found depends on
-        the whole corpus, so a changed shard makes all of it stale. Rows that `reduce` does not return are null.
+        `column.inputs` are the thin values that travel beside the key (integers or `row.key`); its `open` is not used.
+        What is found depends on the whole corpus, so a changed shard makes all of it stale. Rows that `reduce` does not
+        return are null.
         """
-        plan = self.plan(column)
-        everything = fingerprint(plan.fingerprint, self._live_fingerprint())
+        check_key(key, self._type(key))
+        everything = fingerprint(self.plan(column).fingerprint, self._reference(key), self._live_fingerprint())
         plan = self.plans[column.name] = Plan(column, everything)
-        live = {s.index: s for s in self.live}
-        if not stale(self.store, ("columns", column.name), {i: plan.part(s) for i, s in live.items()}):
-            return
-        columns = {r.partition(".")[0] for r in (*column.inputs, key)}
-        size = sum(sum(self.store.files("columns", c).values()) for c in columns)
-        job = Regroup(
-            self.store, column.name, column.inputs, key, reduce, max(1, -(-size // PARTITION_BYTES)), everything
-        )
-        light = self._is_light((*column.inputs, key))
-        split = missing_parts(job, "split", {i: everything + s.fingerprint for i, s in live.items()})
-        self._all(f"{column.name} split", SplitTask(self.layout, job), [live[i] for i in split], light)
-        gather = missing_parts(job, "gather", dict.fromkeys(range(job.partitions), everything))
-        self._all(f"{column.name} gather", GatherTask(job, tuple(live)), gather, light)
-        self._all(f"{column.name} scatter", ScatterTask(job, plan), list(live.values()), light)
-        self.store.remove("scratch", "regroup", column.name)
+        stale = set(self._survey(plan)[0])
+        if stale:
+            sources = {r.partition(".")[0] for r in (*column.inputs, key)}
+            size = sum(sum(self.store.files("columns", source).values()) for source in sources)
+            partitions = max(1, -(-size // PARTITION_BYTES))
+            blocks = blocks_of(self.live)
+            job = Regroup(self.store, column.name, column.inputs, key, reduce, partitions, blocks, everything)
+            light = self._is_light((*column.inputs, key))
+            split = [blocks[i] for i in job.unfinished("split", len(blocks))]
+            self._all(f"{column.name} split", SplitTask(self.layout, job), split, light)
+            gather = job.unfinished("gather", partitions)
+            self._all(f"{column.name} gather", GatherTask(job), gather, light)
+            scatter = [b for b in blocks if any(s.index in stale for s in b[1])]
+            self._all(f"{column.name} scatter", ScatterTask(job, plan), scatter, light)
+            self.store.remove("scratch", "regroup", column.name)
+        self._note_column(plan, len(stale), 0)
+        self.save()
 
-    def _all(self, label: str, task: Task, units: Sequence[Any], light: bool) -> None:
-        """Run units none of which may fail, because their results depend on one another."""
-        for outcome in self.map(label, task, units, light=light):
-            if outcome.error:
-                raise TamisError(f"{label} failed: {outcome.error}")
+    def _type(self, reference: str) -> pa.DataType:
+        """Arrow type of the values behind a reference."""
+        source = self.layout.source_column(reference)
+        if source is not None:
+            return self.schema.field(source).type
+        column, _, name = reference.partition(".")
+        return self.plans[column].column.fields.field(name).type
 
     def artifact(
         self, name: str, identity: str, build: Callable[[Path], None], resources: Resources | None = Resources()
@@ -440,37 +412,55 @@ class Run:
         the driver where these are None (for what takes no time).
         """
         artifact = Artifact(name, identity, self.store.child("artifacts", name))
-        if artifact.store.exists(MARKER) and json.loads(artifact.store.read(MARKER))["fingerprint"] == identity:
-            return artifact
-        task = _BuildTask(artifact.store, build)
-        for outcome in self.map(f"fit {name}", task, [identity], resources or Resources(), light=resources is None):
-            if outcome.error:
-                raise TamisError(f"fitting {name!r} failed: {outcome.error}")
+        if not artifact.stored():
+            light = resources is None
+            self._all(f"fit {name}", BuildTask(artifact, build), [None], light, resources or Resources())
         self.manifest.setdefault("artifacts", {})[name] = identity
         return artifact
 
+    # ---- the engine
+
     def map(
         self, label: str, task: Task, units: Sequence[Any], resources: Resources = Resources(), light: bool = False
-    ) -> Iterable[Outcome]:
-        """Run a task over units with progress, and note the pass in the manifest."""
+    ) -> Iterator[Outcome]:
+        """Run a task over units with progress, and note the pass in the manifest.
+
+        `light`: not worth starting Ray for; done in the driver unless Ray is up already.
+        """
         if not units:
             return
-        pool = InlinePool(resources.cpus) if light and self._pool is None else self._started()
-        lost = getattr(pool, "lost", 0)
-        started = time.monotonic()
+        pool: Pool = InlinePool(self.config.engine.retries) if light and self._pool is None else self._started()
+        lost, started = pool.lost, time.monotonic()
         with Progress(label, len(units), self.quiet) as progress:
-            for outcome in pool.map(task, units, resources):
+            for outcome in pool.map(task, units, self._resources(resources)):
+                self._lock.check()
                 progress.add(outcome.result.get("rows", 0), outcome.result.get("bytes", 0), outcome.error is not None)
                 yield outcome
-        entry = {
-            "pass": label,
-            "units": len(units),
-            "failed": progress.failed,
-            "rows": progress.rows,
-            "bytes": progress.bytes,
-        }
-        entry |= {"seconds": round(time.monotonic() - started, 3), "workers_lost": getattr(pool, "lost", 0) - lost}
-        self.manifest["passes"].append(entry)
+        self.manifest["passes"].append(
+            {
+                "pass": label,
+                "units": len(units),
+                "failed": progress.failed,
+                "rows": progress.rows,
+                "bytes": progress.bytes,
+                "seconds": round(time.monotonic() - started, 3),
+                "workers_lost": pool.lost - lost,
+            }
+        )
+
+    def _all(
+        self, label: str, task: Task, units: Sequence[Any], light: bool = False, resources: Resources = Resources()
+    ) -> None:
+        """Run units none of which may fail, because their results depend on one another."""
+        for outcome in self.map(label, task, units, resources, light):
+            if outcome.error:
+                raise TamisError(f"{label} failed: {outcome.error}")
+
+    def _resources(self, wish: Resources) -> Resources:
+        """What an actor reserves: what its recipe wishes, or what the configuration gives where it wishes nothing."""
+        engine = self.config.engine
+        memory = wish.memory or int(engine.memory_gb * (1 << 30))
+        return replace(wish, cpus=engine.cpus if wish == Resources() else wish.cpus, memory=memory)
 
     def _started(self) -> Pool:
         if self._pool is None:
@@ -478,20 +468,18 @@ class Run:
         return self._pool
 
     def _is_light(self, references: Sequence[str]) -> bool:
-        columns = {r.partition(".")[0] for r in references if self.layout.source_column(r) is None} - {"address"}
-        if any(self.layout.source_column(r) is not None for r in references):
+        """Whether a pass reads so little that the driver had better do it."""
+        if self._pool is not None or any(self.layout.source_column(r) is not None for r in references):
             return False
-        total = 0
-        for column in columns:
-            total += sum(self.store.files("columns", column).values())
-        return total <= LIGHT_BYTES
+        columns = {r.partition(".")[0] for r in references} - {"address"}
+        return sum(sum(self.store.files("columns", column).values()) for column in columns) <= LIGHT_BYTES
 
 
-def _alive(pid: int) -> bool:
+def _bits(kind: pa.DataType) -> int:
+    """Bits that a value takes in a part at the least; 0 for what varies."""
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size) * _bits(kind.value_type)
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return int(kind.bit_width)
+    except ValueError:
+        return 0

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,12 +31,11 @@ LENGTH = ".length"
 
 @dataclass(frozen=True)
 class Sample:
-    """Statistic: `values` of about the `rows` rows with the smallest hashes, out of a corpus of `of` rows.
+    """Statistic: `values` of the `rows` rows with the smallest hashes, out of a corpus of about `of` keys; see `draw`.
 
     State: `hash` (m uint64, ascending) and for every reference in `values` an array of m rows: numbers as (m,), vectors
-    as (m, d), texts cut to `max_bytes` as bytes (read them with `texts`). m <= rows. Memory: m rows in all, and in any
-    one shard about its share, because a shard drops at once what cannot be among the smallest of the whole corpus. The
-    cut lies 6 standard deviations above the share that is wanted: m < rows only where keys repeat or rows are unusable.
+    as (m, d), texts cut to `max_bytes` as bytes (read them with `texts`). m <= rows. A shard drops at once what can
+    hardly be among the smallest hashes of the whole corpus, so all states together hold about 1.25 * `rows` rows.
     """
 
     values: tuple[str, ...]
@@ -48,14 +47,18 @@ class Sample:
     max_bytes: int = 4096
 
     @property
+    def share(self) -> float:
+        """Share of all hashes that is looked at: a quarter and six standard deviations more than `rows` of `of`."""
+        return min(1.0, (1.25 * self.rows + 6 * math.sqrt(self.rows) + 32) / max(self.of, 1))
+
+    @property
     def inputs(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys([self.key, *self.values]))
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
         keys = batch.column(self.key)
         hashes = hash64(keys if self.key == "row.key" else row_keys(keys), self.seed)
-        share = min(1.0, (self.rows + 6 * math.sqrt(self.rows) + 32) / max(self.of, 1))
-        drawn = np.flatnonzero(hashes <= np.uint64(min(int(share * 2.0**64), 2**64 - 1)))
+        drawn = np.flatnonzero(hashes <= np.uint64(min(int(self.share * 2.0**64), 2**64 - 1)))
         rows: State = {"hash": hashes[drawn]}
         for name in self.values:
             rows |= self._pack(name, batch.column(name).take(pa.array(drawn)))
@@ -88,6 +91,19 @@ class Sample:
         offsets = np.frombuffer(cut.buffers()[1], np.int64)[cut.offset : cut.offset + len(cut) + 1]
         content = np.frombuffer(cut.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
         return {name: content, name + LENGTH: np.diff(offsets)}
+
+
+def draw(run: Run, sample: Sample) -> State:
+    """The sample's state: exactly the `rows` smallest hashes, or all there are; `{}` where no row is usable.
+
+    One pass, and one more where over a fifth of the rows repeat a key or are unusable.
+    """
+    while True:
+        state = run.aggregate(sample)
+        found = len(state["hash"]) if state else 0
+        if found >= sample.rows or sample.share == 1:
+            return state if found else {}
+        sample = replace(sample, of=int(found / sample.share))  # so many keys there seem to be
 
 
 def texts(state: State, name: str = "text") -> list[str]:

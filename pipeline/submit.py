@@ -6,25 +6,38 @@ corpus but not this checkout.
 
 from __future__ import annotations
 
-import asyncio
+import os
 import shlex
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from pipeline.config import load
-from pipeline.errors import TamisError
+from pipeline.corpus.storage import is_remote
+from pipeline.errors import ConfigError, TamisError
 
 FAILED = 1
+TOKEN_FILE = "~/.ray/auth_token"
+POLL_S = 2.0
+"""Ray can stream a log, too, but only with packages that the base install does not need otherwise."""
 
 
 def submit_job(config: str, address: str, overrides: list[str], run: str | None) -> int:
     """Submit, follow the log until the job ends, and return its exit code.
 
-    The configuration is checked here first, so a typo does not wait in the cluster's queue. Raises TamisError where
-    the cluster does not answer.
+    The configuration is checked here first, so a typo does not wait in the cluster's queue. Raises ConfigError for
+    paths that would mean another place there, and TamisError where the cluster does not answer.
     """
     checked = load(config, overrides, run)
+    for key, location in [("run", checked.run), *(("corpus.path", p) for p in checked.corpus.paths)]:
+        if not (is_remote(location) or os.path.isabs(location)):
+            raise ConfigError(
+                f"{key}: {location!r} is relative, but a job starts in a directory of its own: give a path or URI that the cluster knows"
+            )
+    if _has_token():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's client sends a token only where the mode says so
+    from ray.exceptions import AuthenticationError
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     arguments = [Path(config).name, "--run", checked.run, *(a for o in overrides for a in ("--set", o))]
@@ -36,18 +49,29 @@ def submit_job(config: str, address: str, overrides: list[str], run: str | None)
                 entrypoint=f"RAY_ADDRESS=auto tamis curate {shlex.join(arguments)}",
                 runtime_env={"working_dir": directory},
             )
+        except AuthenticationError as error:
+            raise TamisError(f"{address} asks for a token: set RAY_AUTH_TOKEN, or put it into {TOKEN_FILE}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise TamisError(f"cannot submit to {address}: {error}") from error
     print(f"tamis: submitted {job} to {address}", file=sys.stderr)
 
-    async def follow() -> None:
-        async for lines in client.tail_job_logs(job):
-            print(lines, end="", flush=True)
-
-    asyncio.run(follow())
+    shown = 0
+    while True:
+        ended = client.get_job_status(job).is_terminal()  # asked before the log, so that its end is not missed
+        log = client.get_job_logs(job)
+        print(log[shown:], end="", flush=True)
+        shown = len(log)
+        if ended:
+            break
+        time.sleep(POLL_S)
     info = client.get_job_info(job)
     code = info.driver_exit_code
     if code is not None:
         return int(code)
     print(f"tamis: {job} ended as {info.status}: {info.message}", file=sys.stderr)
     return 0 if info.status == JobStatus.SUCCEEDED else FAILED
+
+
+def _has_token() -> bool:
+    named = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return bool(named) or Path(TOKEN_FILE).expanduser().is_file()

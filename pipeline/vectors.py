@@ -34,28 +34,30 @@ def matrix(values: pa.FixedSizeListArray) -> np.ndarray:
 def unit_vectors(x: np.ndarray, reasons: np.ndarray | None = None) -> pa.RecordBatch:
     """Normalise (n, d) floats to a batch of `vector_schema(d)`.
 
-    `reasons`: n objects, str where the row is refused already and None elsewhere; such rows may hold anything.
+    `reasons`: n str objects, why a row is refused already, "" where it is not; a refused row may hold anything.
     """
-    reasons = np.full(len(x), None, dtype=object) if reasons is None else reasons.copy()
+    reasons = np.full(len(x), "", dtype=object) if reasons is None else reasons.copy()
     # Divided by its largest component first, so that squares neither overflow nor vanish, whatever the scale.
     peak = np.abs(x).max(axis=1, initial=0.0, keepdims=True)
-    for wrong, why in ((~np.isfinite(peak[:, 0]), "vector is not finite"), (peak[:, 0] == 0, "vector is zero")):
-        reasons[wrong & np.equal(reasons, None).astype(bool)] = why
-    refused = ~np.equal(reasons, None).astype(bool)
+    reasons[(reasons == "") & ~np.isfinite(peak[:, 0])] = "vector is not finite"
+    reasons[(reasons == "") & (peak[:, 0] == 0)] = "vector is zero"
+    refused = reasons != ""
     scaled = np.divide(x, peak, out=np.zeros_like(x), where=~refused[:, None]).astype(np.float32, copy=False)
     norms = np.sqrt(np.einsum("ij,ij->i", scaled, scaled))
     norms[refused] = 1.0
     flat = pa.array((scaled / norms[:, None]).astype(np.float16).ravel())
     mask = pa.array(refused) if refused.any() else None
     vectors = pa.FixedSizeListArray.from_arrays(flat, x.shape[1], mask=mask)
-    return pa.record_batch([vectors, pa.array(reasons, pa.string())], schema=vector_schema(x.shape[1]))
+    return pa.record_batch(
+        [vectors, pa.array(np.where(refused, reasons, None), pa.string())], schema=vector_schema(x.shape[1])
+    )
 
 
 def load_faiss() -> ModuleType:
     """Import FAISS with the BLAS kernels that fit this CPU.
 
     The wheels of faiss-cpu carry an OpenBLAS of 2021, which takes a CPU that it does not know for one of 2004 and then
-    multiplies matrices with SSE3 (4 to 5 times slower on a Xeon of 2023). NumPy's own OpenBLAS knows better and is asked.
+    multiplies matrices with SSE3 (4 to 5 times slower on a Xeon of 2023). NumPy's own OpenBLAS knows, and is asked.
     """
     if "OPENBLAS_CORETYPE" not in os.environ:
         from threadpoolctl import threadpool_info
@@ -80,7 +82,7 @@ def flat_index(points: np.ndarray) -> Any:
 
 
 def nearest(vectors: np.ndarray, points: np.ndarray, index: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest of k unit points for each of n vectors (n, d): its number (int32) and 1 - cosine (float32), both (n,).
+    """The nearest of k unit points for each of (n, d) vectors: its number (int32) and 1 - cosine (float32), both (n,).
 
     `index` is `flat_index(points)`. The distance is worked out again row by row: so it does not depend on the rows of
     the same batch, as matrix products do in their last bits, and holds for the vector as it is stored, whose norm

@@ -1,8 +1,8 @@
 """Vectors to concepts: spherical k-means on a reproducible sample, or over every row of the corpus.
 
 Rows are unit vectors, a centroid is the normalised mean of its rows, and the nearest one has the greatest cosine. FAISS
-fits k centroids on the `k * sample_per_concept` rows with the smallest hashes; 256 rows a centroid are enough (Johnson
-et al. 2017), and what that costs does not grow with the corpus. `full_lloyd` goes on from there over all rows, one pass
+fits k centroids on the `k * sample_per_concept` rows with the smallest hashes, 256 a concept being its own default, and
+what that costs does not grow with the corpus. `full_lloyd` goes on from there over all rows, one pass
 an iteration, each a stored artifact, so that a run which dies continues with the iteration that it was in.
 
 The result depends on (vectors, seed), not on workers or threads. Fewer than k concepts come out where the sample holds
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,7 @@ from pydantic import Field
 
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, State, fingerprint
-from pipeline.sample import Sample, needs_fit
+from pipeline.sample import Sample, draw, needs_fit
 from pipeline.vectors import flat_index, load_faiss, matrix, nearest
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ class Cluster(Recipe):
     """Spherical k-means; sources: Sorscher et al. 2022 (k about the number of classes, little change for a tenth or ten
     times as many) and Abbas et al. 2024 (k = 500 for 280 M rows, code default 10,000)."""
 
-    k: int | Literal["auto"] = Field(
+    k: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto", description="concepts; auto: the square root of the rows, 10,000 at the most"
     )
     sample_per_concept: int = Field(256, ge=1, description="rows of the sample per concept")
@@ -61,24 +62,24 @@ class Cluster(Recipe):
     def concepts(self, rows: int) -> int:
         """k for a corpus of `rows` rows. Raises ConfigError where there are fewer rows than concepts."""
         if self.k == "auto":
-            return max(1, min(MOST_CONCEPTS, round(rows**0.5)))
-        if not 1 <= self.k <= rows:
+            return max(1, min(MOST_CONCEPTS, round(math.sqrt(rows))))
+        if self.k > rows:
             raise ConfigError(
                 f"cluster.k = {self.k:,} but the corpus has {rows:,} rows: set k between 1 and {rows:,}, or auto"
             )
-        return self.k
+        return int(self.k)
 
     def centroids(self, run: Run) -> Artifact:
         """Artifact `centroids`: `centroids.npy` (k, d) float32, unit norm, and `kmeans.json` on how it went."""
         seed = run.seed if self.seed is None else self.seed
         k = self.concepts(run.rows)
-        fitted = self.model_dump(exclude={"full_lloyd", "full_iterations"})
+        fitted = self.model_dump(exclude={"k", "seed", "full_lloyd", "full_iterations"})
         identity = fingerprint(
             type(self).__name__, self.version, fitted, k, seed, run.identity("embed.vector", "row.key")
         )
         sample = Sample(("embed.vector",), k * self.sample_per_concept, run.rows, seed)
         name = "centroids-on-sample" if self.full_lloyd else "centroids"
-        state = run.aggregate(sample) if needs_fit(run, name, identity) else {}
+        state = draw(run, sample) if needs_fit(run, name, identity) else {}
         build = partial(_fit, state, k, self.iterations, seed)
         centroids = run.artifact(name, identity, build)
         return self._over_all_rows(run, centroids) if self.full_lloyd else centroids
@@ -156,7 +157,7 @@ def spherical_kmeans(vectors: np.ndarray, k: int, iterations: int, seed: int) ->
     fit.train(x)
     centroids: np.ndarray = fit.centroids
     alive = np.linalg.norm(centroids, axis=1) > 0.5  # rows that cancel out leave a mean of zero
-    if fit.iteration_stats[-1]["nsplit"]:
+    if k == len(x) or fit.iteration_stats[-1]["nsplit"]:  # else the last iteration left none empty
         alive &= np.bincount(flat_index(centroids).search(x, 1)[1][:, 0], minlength=k) > 0
     centroids = centroids[alive] if alive.any() else x[:1] / np.linalg.norm(x[:1])
     return centroids, [1 - float(s["obj"]) / len(x) for s in fit.iteration_stats]

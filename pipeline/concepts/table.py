@@ -37,9 +37,15 @@ if TYPE_CHECKING:
 
 FILE = "table.parquet"
 NEIGHBOURS = 20
+COUNTS = ("n", "bytes", "tokens")
 SCHEMA = pa.schema(
-    [("concept", pa.int32()), ("n", pa.int64()), ("bytes", pa.int64()), ("tokens", pa.int64())]
-    + [("d_intra", pa.float32()), ("d_inter", pa.float32()), ("complexity", pa.float64())]
+    [
+        ("concept", pa.int32()),
+        *((name, pa.int64()) for name in COUNTS),
+        ("d_intra", pa.float32()),
+        ("d_inter", pa.float32()),
+        ("complexity", pa.float64()),
+    ]
 )
 
 
@@ -75,16 +81,15 @@ class ConceptTotals:
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
         concept = batch.column("concept.concept").to_numpy()
-        # bincount sums in float64, which is exact for the integers of one batch: below 2**53
-        sums = {
-            name.rpartition(".")[2]: np.bincount(concept, batch.column(name).to_numpy(), self.concepts)
-            for name in self.inputs[1:]
-        }
+
+        def total(name: str) -> np.ndarray:
+            return np.bincount(concept, batch.column(name).to_numpy(), self.concepts)  # float64: exact below 2**53
+
         new = {
             "n": np.bincount(concept, minlength=self.concepts),
-            "bytes": sums["bytes"].astype(np.int64),
-            "tokens": sums["tokens"].astype(np.int64),
-            "distance": sums["distance"],
+            "bytes": total("row.bytes").astype(np.int64),
+            "tokens": total("row.tokens").astype(np.int64),
+            "distance": total("concept.distance"),
         }
         return self.merge([state, new]) if state else new
 
@@ -112,16 +117,9 @@ def make_table(state: State, points: np.ndarray, neighbours: int) -> pa.Table:
     n = state["n"]
     d_intra = (state["distance"] / np.maximum(n, 1)).astype(np.float32)
     d_inter = inter_distances(points, neighbours)
-    values = [
-        np.arange(len(n)),
-        n,
-        state["bytes"],
-        state["tokens"],
-        d_intra,
-        d_inter,
-        d_intra * d_inter.astype(np.float64),
-    ]
-    return pa.Table.from_arrays([pa.array(v).cast(f.type) for v, f in zip(values, SCHEMA, strict=True)], schema=SCHEMA)
+    complexity = d_intra.astype(np.float64) * d_inter
+    values = [np.arange(len(n), dtype=np.int32), *(state[name] for name in COUNTS), d_intra, d_inter, complexity]
+    return pa.Table.from_arrays([pa.array(v) for v in values], schema=SCHEMA)
 
 
 def _write(state: State, points: np.ndarray, neighbours: int, directory: Path) -> None:

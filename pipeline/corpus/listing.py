@@ -2,24 +2,31 @@
 
 The listing is one thin table (a row a file) and is kept in the run. A local corpus is looked at again on every run and
 only footers that are new or changed are read; a corpus on an object store is listed once, until `corpus.refresh` asks
-for more, because listing six million objects is not free. Files known from before keep their place and new ones come
-behind them, so an address never changes and an added file makes only new shards. A file that cannot be read
-(truncated, not Parquet, another schema) stays in the table with the reason.
+for more, because listing six million objects is not free. Files known from before keep their place, new ones come
+behind them, and one that has vanished leaves a gap (a changed file is one that vanished and one that is new), so an
+address never changes and only shards whose own files changed are new. A file that cannot be read (truncated, not
+Parquet, another schema) stays in the table with the reason.
 
 A file is identified by its size and the bytes of its Parquet footer (offsets, sizes and statistics of every column
-chunk), not by its path or its time: a moved or freshly cloned corpus is still the same corpus.
+chunk), not by its path or its time: a moved or freshly cloned corpus is still the same corpus. Where a known file's
+time has changed, the time counts too, because an edit in place may leave size and footer as they were.
+
+Measured on local files: 0.2 ms a file on two busy cores, once; 100,000 tiny files are listed in 20 s and need 60 MB.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
@@ -32,50 +39,65 @@ LISTING = pa.schema(
         ("size", pa.int64()),
         ("mtime", pa.int64()),
         ("identity", pa.string()),
-        ("schema", pa.binary()),
+        ("schema", pa.dictionary(pa.int32(), pa.binary())),
         ("rows", pa.list_(pa.int64())),
         ("bytes", pa.list_(pa.int64())),
         ("error", pa.string()),
+        ("gone", pa.bool_()),
     ]
 )
-"""A row a file: rows and compressed bytes of every row group; `error` says why a file is left out."""
+"""A row a file: rows and compressed bytes of every row group; `error` says why a file is left out, `gone` that it was
+there once."""
 
-FOOTERS_A_UNIT = 512
+File = tuple[str, int, int]
+"""URI, size in bytes, modification time in ns."""
+
+NAME = ("corpus", "files.parquet")
+PATHS = b"tamis.paths"
+FOOTERS_A_UNIT = 65536
+"""Below this many files, the driver reads the footers itself; starting Ray would take longer."""
+READERS = 16
+FILES_A_RUN = 64
+TAIL_BYTES = 64 << 10
+"""What is read of a file's end at first: nearly every footer is smaller, and an object store charges by the request."""
 WILDCARD = re.compile(r"[*?\[]")
 
 
-def expand(paths: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Files, directories and globs to a sorted list of (uri, size, mtime in ns) for every path in turn.
+def expand(paths: Sequence[str]) -> list[File]:
+    """Files, directories and globs to the files that they mean, sorted for every path in turn.
 
     A directory means every `*.parquet` below it; names that begin with `.` or `_` are left out, as Spark, Arrow and
     Hive do. Raises CorpusError for a path that matches nothing.
     """
-    found: dict[str, tuple[int, int]] = {}
+    found: dict[str, File] = {}
     for path in paths:
         files = _expand_one(path)
         if not files:
-            raise CorpusError(f"corpus.path: no Parquet file at {path!r}; `tamis ingest` makes Parquet of other formats")
-        found.update(files)
-    return [(uri, *stat) for uri, stat in found.items()]
+            raise CorpusError(f"corpus.path: no Parquet file at {path!r}; `tamis ingest` makes it of other formats")
+        found.update((file[0], file) for file in files)
+    return list(found.values())
 
 
-def _expand_one(path: str) -> dict[str, tuple[int, int]]:
-    filesystem, root = resolve(path)
+def _expand_one(path: str) -> list[File]:
+    try:
+        filesystem, root = resolve(path)
+        info = filesystem.get_file_info(root)
+        if info.type == pafs.FileType.File:
+            return [(path if is_remote(path) else root, info.size, info.mtime_ns or 0)]
+        wanted: Callable[[str], object] = _visible_parquet
+        wildcard = WILDCARD.search(root) if info.type == pafs.FileType.NotFound else None
+        if wildcard:
+            wanted = _translate(root).match
+            root = posixpath.dirname(root[: wildcard.start()])
+        elif info.type == pafs.FileType.NotFound:
+            return []
+        infos = filesystem.get_file_info(pafs.FileSelector(root, recursive=True, allow_not_found=True))
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise CorpusError(f"corpus.path: cannot list {path!r}: {error}") from error
+    skip = 0 if wildcard else len(root)
+    files = [i for i in infos if i.type == pafs.FileType.File and wanted(i.path[skip:])]
     prefix = path[: path.index("://") + 3] if is_remote(path) else ""
-    info = filesystem.get_file_info(root)
-    if info.type == pafs.FileType.File:
-        return {prefix + root: (info.size, info.mtime_ns or 0)}
-    matches: Callable[[str], bool] = _visible_parquet
-    if info.type == pafs.FileType.NotFound:
-        if not WILDCARD.search(root):
-            return {}
-        pattern = _translate(root)
-        matches = lambda name: bool(pattern.match(name))  # noqa: E731 (a second def would hide that both are filters)
-        root = posixpath.dirname(root[: WILDCARD.search(root).start()])  # type: ignore[union-attr]  # searched above
-    selector = pafs.FileSelector(root, recursive=True, allow_not_found=True)
-    files = [i for i in filesystem.get_file_info(selector) if i.type == pafs.FileType.File]
-    kept = [i for i in files if (matches(i.path) if matches is not _visible_parquet else matches(i.path[len(root) :]))]
-    return {prefix + i.path: (i.size, i.mtime_ns or 0) for i in sorted(kept, key=lambda i: i.path)}
+    return [(prefix + i.path, i.size, i.mtime_ns or 0) for i in sorted(files, key=lambda i: i.path)]
 
 
 def _visible_parquet(relative: str) -> bool:
@@ -89,30 +111,37 @@ def _translate(pattern: str) -> re.Pattern[str]:
     return re.compile(glob_translate(pattern))
 
 
-def read_footers(files: Sequence[tuple[str, int, int]]) -> pa.Table:
-    """One listing row a file; reading is waiting, so sixteen threads read at a time."""
-    with ThreadPoolExecutor(16) as threads:
-        rows = list(threads.map(_read_footer, files))
-    return pa.Table.from_pylist(rows, schema=LISTING)
+def read_footers(files: Sequence[File]) -> pa.Table:
+    """One listing row a file. Reading a footer is mostly waiting, so sixteen threads share the files."""
+    runs = [files[i : i + FILES_A_RUN] for i in range(0, len(files), FILES_A_RUN)]
+    with ThreadPoolExecutor(READERS) as threads:
+        tables = threads.map(lambda run: pa.Table.from_pylist([_read_footer(*f) for f in run], schema=LISTING), runs)
+        return pa.concat_tables([LISTING.empty_table(), *tables])
 
 
-def _read_footer(file: tuple[str, int, int]) -> dict[str, Any]:
-    uri, size, mtime = file
-    row: dict[str, Any] = {"uri": uri, "size": size, "mtime": mtime}
+def _read_footer(uri: str, size: int, mtime: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"uri": uri, "size": size, "mtime": mtime, "gone": False}
     try:
         filesystem, path = resolve(uri)
         with filesystem.open_input_file(path) as source:
-            metadata = pq.ParquetFile(source).metadata
-            footer = source.read_at(metadata.serialized_size, size - 8 - metadata.serialized_size)
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        return row | {
-            "identity": hashlib.sha256(footer + size.to_bytes(8, "little")).hexdigest()[:32],
-            "schema": metadata.schema.to_arrow_schema().remove_metadata().serialize().to_pybytes(),
-            "rows": [g.num_rows for g in groups],
-            "bytes": [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups],
-        }
+            tail = source.read_at(min(size, TAIL_BYTES), max(size - TAIL_BYTES, 0))
+            footer = int.from_bytes(tail[-8:-4], "little") + 8
+            if len(tail) < footer <= size and tail.endswith(b"PAR1"):
+                tail = source.read_at(footer, size - footer)
+        metadata = pq.read_metadata(pa.BufferReader(tail))
     except (pa.ArrowException, OSError, ValueError) as error:
         return row | {"error": f"unreadable: {error}"}
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return row | {
+        "identity": _identity(tail[-footer:], size),
+        "schema": metadata.schema.to_arrow_schema().remove_metadata().serialize().to_pybytes(),
+        "rows": [g.num_rows for g in groups],
+        "bytes": [sum(g.column(c).total_compressed_size for c in range(g.num_columns)) for g in groups],
+    }
+
+
+def _identity(content: bytes, number: int) -> str:
+    return hashlib.sha256(content + number.to_bytes(8, "little")).hexdigest()[:32]
 
 
 def list_corpus(
@@ -120,58 +149,87 @@ def list_corpus(
     store: Store,
     columns: Sequence[str] | None,
     refresh: bool,
-    read_chunks: Callable[[list[list[tuple[str, int, int]]]], Iterable[pa.Table]],
+    read_chunks: Callable[[list[list[File]]], Iterable[pa.Table]],
 ) -> pa.Table:
     """The listing of a corpus, taken from the run where it is still true and stored there again.
 
     `columns`: the source columns that every file must have alike (None: all of the first readable file).
     `read_chunks`: reads the footers of each chunk of files, in order; the run gives an engine to it.
     """
-    name = "corpus/files.parquet"
-    known = pq.read_table(pa.BufferReader(store.read(name))) if store.exists(name) else LISTING.empty_table()
-    same_paths = (known.schema.metadata or {}).get(b"paths") == repr(list(paths)).encode()
-    known = known if same_paths else LISTING.empty_table()
-    if known.num_rows and not refresh and all(is_remote(p) for p in paths):
-        return known
-    found = expand(paths)
-    cached = dict(zip(zip(*(known[c].to_pylist() for c in ("uri", "size", "mtime")), strict=True), range(len(known)), strict=True))
-    fresh = [f for f in found if f not in cached]
+    known, known_paths = _load(store)
+    place = dict(zip(_keys(known), range(len(known)), strict=True))
+    if len(known) and known_paths == list(paths) and not refresh and all(is_remote(p) for p in paths):
+        found = _keys(known.filter(pc.invert(known["gone"])))
+    else:
+        found = expand(paths)
+    # What could not be read has no place yet: it is tried again.
+    readable = known["identity"].is_valid().to_numpy()
+    fresh = [file for file in found if file not in place or not readable[place[file]]]
+    there = np.zeros(len(known), bool)
+    there[[place[file] for file in found if file in place]] = True
+    kept = known.set_column(known.schema.get_field_index("gone"), LISTING.field("gone"), pa.array(~there))
+    kept = kept.filter(pa.array(readable))
+    if 2 * int(there.sum()) < len(kept):  # more gaps than files: cut afresh
+        kept = kept.filter(pc.invert(kept["gone"]))
     chunks = [fresh[i : i + FOOTERS_A_UNIT] for i in range(0, len(fresh), FOOTERS_A_UNIT)]
-    kept = known.take(pa.array(sorted(cached[f] for f in found if f in cached), pa.int64()))
-    listing = pa.concat_tables([kept, *read_chunks(chunks)]) if chunks else kept
-    listing = _mark_other_schemas(listing, columns).replace_schema_metadata({"paths": repr(list(paths))})
-    sink = pa.BufferOutputStream()
-    pq.write_table(listing, sink, compression="zstd")
-    store.write(sink.getvalue().to_pybytes(), *name.split("/"))
+    new = [_changed(table, known) for table in read_chunks(chunks)] if chunks else []
+    listing = _mark_other_schemas(pa.concat_tables([kept, *new]).unify_dictionaries(), columns)
+    _save(store, listing, paths)
     return listing
+
+
+def _keys(listing: pa.Table) -> list[File]:
+    return list(zip(*(listing[c].to_pylist() for c in ("uri", "size", "mtime")), strict=True))
+
+
+def _load(store: Store) -> tuple[pa.Table, list[str]]:
+    """The stored listing and the paths that it is of; an empty one where there is none."""
+    try:
+        table = pq.read_table(pa.BufferReader(store.read(*NAME)))
+    except FileNotFoundError:
+        return LISTING.empty_table(), []
+    paths = json.loads(table.schema.metadata[PATHS])
+    return table.replace_schema_metadata(None), paths
+
+
+def _save(store: Store, listing: pa.Table, paths: Sequence[str]) -> None:
+    with store.sink(*NAME) as sink:
+        described = listing.replace_schema_metadata({PATHS: json.dumps(list(paths)).encode()})
+        pq.write_table(described, sink, compression="zstd")
+
+
+def _changed(fresh: pa.Table, known: pa.Table) -> pa.Table:
+    """Give files that were known under the same name, but of another time or size, an identity of their own."""
+    names = set(known["uri"].to_pylist())
+    columns = zip(*(fresh[c].to_pylist() for c in ("uri", "identity", "mtime")), strict=True)
+    identities = [_identity(i.encode(), t) if i is not None and u in names else i for u, i, t in columns]
+    at = fresh.schema.get_field_index("identity")
+    return fresh.set_column(at, LISTING.field("identity"), pa.array(identities, pa.string()))
 
 
 def reference_schema(listing: pa.Table) -> pa.Schema:
     """Arrow schema of the first readable file. Raises CorpusError where no file can be read."""
-    for schema, error in zip(listing["schema"], listing["error"], strict=True):
-        if not error.is_valid or error.as_py().startswith("schema"):
-            return pa.ipc.read_schema(pa.BufferReader(schema.as_py()))
-    reasons = "; ".join(f"{u}: {e}" for u, e in zip(listing["uri"][:3].to_pylist(), listing["error"][:3].to_pylist(), strict=True))
-    raise CorpusError(f"corpus.path: none of the {len(listing)} files can be read ({reasons})")
+    usable = listing.filter(pc.and_(listing["identity"].is_valid(), pc.invert(listing["gone"])))
+    if not len(usable):
+        first = listing.select(["uri", "error"]).slice(0, 3).to_pylist()
+        reasons = "; ".join(f"{file['uri']}: {file['error']}" for file in first)
+        raise CorpusError(f"corpus.path: none of the {len(listing)} files can be read ({reasons})")
+    return pa.ipc.read_schema(pa.BufferReader(usable["schema"][0].as_py()))
 
 
 def _mark_other_schemas(listing: pa.Table, columns: Sequence[str] | None) -> pa.Table:
     """Say of every file whose columns differ from the first one's how they differ."""
     reference = reference_schema(listing)
-    wanted = {name: reference.field(name).type for name in (columns or reference.names) if name in reference.names}
     missing = [name for name in columns or () if name not in reference.names]
     if missing:
         raise CorpusError(f"the corpus has no column {missing[0]!r}; it has {', '.join(reference.names)}")
-    verdicts: dict[bytes, str | None] = {}
-    errors = []
-    for raw, error in zip(listing["schema"].to_pylist(), listing["error"].to_pylist(), strict=True):
-        if raw is None:
-            errors.append(error)
-            continue
-        if raw not in verdicts:
-            verdicts[raw] = _difference(pa.ipc.read_schema(pa.BufferReader(raw)), wanted, exact=columns is None)
-        errors.append(verdicts[raw])
-    return listing.set_column(listing.schema.get_field_index("error"), LISTING.field("error"), pa.array(errors, pa.string()))
+    wanted = {name: reference.field(name).type for name in columns or reference.names}
+    schemas = listing["schema"].combine_chunks()
+    kinds = [pa.ipc.read_schema(pa.BufferReader(raw)) for raw in schemas.dictionary.to_pylist()]
+    verdicts = pa.array([_difference(kind, wanted, exact=columns is None) for kind in kinds], pa.string())
+    unreadable = pc.if_else(listing["identity"].is_valid(), pa.scalar(None, pa.string()), listing["error"])
+    errors = pc.coalesce(unreadable, verdicts.take(schemas.indices))
+    return listing.set_column(listing.schema.get_field_index("error"), LISTING.field("error"), errors)
 
 
 def _difference(schema: pa.Schema, wanted: dict[str, pa.DataType], exact: bool) -> str | None:
@@ -180,5 +238,7 @@ def _difference(schema: pa.Schema, wanted: dict[str, pa.DataType], exact: bool) 
             return f"schema: no column {name!r}, which the first file has"
         if schema.field(name).type != kind:
             return f"schema: column {name!r} is {schema.field(name).type}, in the first file {kind}"
-    extra = [name for name in schema.names if name not in wanted] if exact else []
-    return f"schema: column {extra[0]!r} is not in the first file (list `corpus.columns` to leave it out)" if extra else None
+    extra = [name for name in schema.names if name not in wanted]
+    if exact and extra:
+        return f"schema: column {extra[0]!r} is not in the first file (list `corpus.columns` to leave it out)"
+    return None

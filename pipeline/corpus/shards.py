@@ -1,20 +1,24 @@
 """The unit of work: a shard is a row-group range of one file, or several small files together.
 
 Rows keep their order. A shard's fingerprint is made of its files' identities, so it says whether a part computed from
-it is still true. Cutting depends on the corpus alone, never on the workers.
+it is still true. Cutting depends on the listing alone, never on the workers, and a file that is gone or left out keeps
+its place in it: the shards of the other files stay what they were.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.storage import resolve
+from pipeline.corpus.storage import is_remote, resolve
 from pipeline.errors import CorpusError
 from pipeline.recipe import fingerprint
 
@@ -22,10 +26,16 @@ MIB = 1 << 20
 BATCH_BYTES = 64 * MIB
 """Decoded bytes that one batch may hold: rows of 20 MB come three at a time."""
 
+FILES_A_SHARD = 1024
+"""Files that one shard may join; beyond it, describing a shard costs more than sending it to a worker should."""
 
-@dataclass(frozen=True)
+READ_AHEAD = 8
+"""Files of one shard that are fetched at a time from an object store, where opening one is mostly waiting."""
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive row groups of one file; `rows` counts the rows of each."""
+    """Consecutive row groups of one file; `rows` counts the rows of each, `bytes` is their compressed size."""
 
     uri: str
     size: int
@@ -37,6 +47,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Shard:
+    """Pieces of files in row order. One without pieces (its files are gone) takes no part."""
+
     index: int
     pieces: tuple[Piece, ...]
 
@@ -73,59 +85,78 @@ def default_shard_bytes(listing: pa.Table) -> int:
 
     Large corpora thus get shards of 64 MiB (their own row groups allowing), small ones still enough shards to share.
     """
-    total = sum(sum(b) for b in listing["bytes"].to_pylist() if b)
+    total = pc.sum(pc.list_flatten(listing.filter(pc.invert(listing["gone"]))["bytes"])).as_py() or 0
     return int(min(max(total // 32, MIB), 64 * MIB))
 
 
 def plan_shards(listing: pa.Table, shard_bytes: int) -> list[Shard]:
-    """Cut the readable files into shards of about `shard_bytes` compressed bytes, at row-group boundaries."""
-    shards: list[Shard] = []
-    pending: list[Piece] = []
-    pending_bytes = 0
+    """Cut the files into shards of about `shard_bytes` compressed bytes, at row-group boundaries.
 
-    def close() -> None:
-        nonlocal pending, pending_bytes
-        if pending:
-            shards.append(Shard(len(shards), tuple(pending)))
-        pending, pending_bytes = [], 0
+    A shard stands at its own index in the list. Row groups larger than `shard_bytes` make a shard each.
+    """
+    columns = ("uri", "size", "identity", "rows", "bytes", "error", "gone")
+    uris, file_sizes, identities, rows, sizes, errors, gone = (listing[name].to_pylist() for name in columns)
+    shards: list[list[Piece]] = []
+    for shard, file, first, end in _cut(sizes, shard_bytes):
+        if shard == len(shards):
+            shards.append([])
+        if errors[file] is None and not gone[file] and sum(rows[file][first:end]):
+            held = tuple(rows[file][first:end])
+            size = sum(sizes[file][first:end])
+            shards[shard].append(Piece(uris[file], file_sizes[file], identities[file], first, held, size))
+    return [Shard(index, tuple(pieces)) for index, pieces in enumerate(shards)]
 
-    for file in listing.to_pylist():
-        if file["error"] is not None:
-            continue
+
+def _cut(sizes: list[list[int] | None], shard_bytes: int) -> Iterator[tuple[int, int, int, int]]:
+    """Shard, file, first and end row group of every range, in order; `sizes` are the bytes of every group by file."""
+    shard = filled = files = 0
+    for file, groups in enumerate(sizes):
         first = 0
-        held: list[int] = []
-        held_bytes = 0
-        for group, (rows, size) in enumerate(zip(file["rows"], file["bytes"], strict=True)):
-            if held and pending_bytes + held_bytes + size > shard_bytes:
-                pending.append(Piece(file["uri"], file["size"], file["identity"], first, tuple(held), held_bytes))
-                close()
-                first, held, held_bytes = group, [], 0
-            elif pending and pending_bytes + held_bytes + size > shard_bytes:
-                close()
-            held.append(rows)
-            held_bytes += size
-        if held and sum(held):
-            pending.append(Piece(file["uri"], file["size"], file["identity"], first, tuple(held), held_bytes))
-            pending_bytes += held_bytes
-    close()
-    return shards
+        for group, size in enumerate(groups or ()):
+            if filled and (filled + size > shard_bytes or files >= FILES_A_SHARD):
+                yield shard, file, first, group
+                shard, first, filled, files = shard + 1, group, 0, 0
+            filled += size
+        yield shard, file, first, len(groups or ())
+        files += 1
 
 
 def read_source(shard: Shard, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
     """Source columns of a shard, in row order, in batches of at most `batch_rows` rows and about 64 MiB.
 
-    Raises CorpusError for a file that is no longer the one that was listed.
+    Raises CorpusError for a file that cannot be read or is no longer the one that was listed.
     """
-    for piece in shard.pieces:
-        filesystem, path = resolve(piece.uri)
-        try:
-            with filesystem.open_input_file(path) as source:
-                if source.size() != piece.size:
-                    raise CorpusError(f"{piece.uri} has changed since it was listed: run again with --refresh")
-                file = pq.ParquetFile(source, pre_buffer=True)
-                groups = range(piece.first_group, piece.first_group + len(piece.rows))
-                decoded = sum(file.metadata.row_group(g).total_byte_size for g in groups)
-                rows = max(1, min(batch_rows, BATCH_BYTES * sum(piece.rows) // max(decoded, 1)))
-                yield from file.iter_batches(rows, row_groups=list(groups), columns=columns, use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise CorpusError(f"{piece.uri}: {error}") from error
+    if len(shard.pieces) == 1 or not is_remote(shard.pieces[0].uri):
+        for piece in shard.pieces:
+            yield from _read_piece(piece, columns, batch_rows)
+        return
+    ahead: deque[Future[list[pa.RecordBatch]]] = deque()
+    with ThreadPoolExecutor(READ_AHEAD) as threads:
+        for piece in shard.pieces:
+            ahead.append(threads.submit(lambda p: list(_read_piece(p, columns, batch_rows)), piece))
+            if len(ahead) == READ_AHEAD:
+                yield from ahead.popleft().result()
+        while ahead:
+            yield from ahead.popleft().result()
+
+
+def _read_piece(piece: Piece, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+    filesystem, path = resolve(piece.uri)
+    try:
+        with filesystem.open_input_file(path) as source:
+            if source.size() != piece.size:
+                raise CorpusError(f"{piece.uri} has changed since it was listed: run again with --refresh")
+            file = pq.ParquetFile(source, pre_buffer=True)
+            groups = list(range(piece.first_group, piece.first_group + len(piece.rows)))
+            rows = BATCH_BYTES * sum(piece.rows) // max(_decoded(file.metadata, groups, columns), 1)
+            yield from file.iter_batches(
+                max(1, min(batch_rows, rows)), row_groups=groups, columns=columns, use_threads=False
+            )
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{piece.uri}: {error}") from error
+
+
+def _decoded(metadata: pq.FileMetaData, groups: list[int], columns: list[str]) -> int:
+    """Uncompressed bytes of some columns in some row groups."""
+    leaves = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path.partition(".")[0] in columns]
+    return sum(metadata.row_group(g).column(c).total_uncompressed_size for g in groups for c in leaves)

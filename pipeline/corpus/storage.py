@@ -3,7 +3,8 @@
 A location is a URI (`s3://bucket/key`, `gs://`, `hf://datasets/...`) or a local path. File systems are Arrow's own
 (credentials, region and endpoint come from the environment, as with every other client); schemes that Arrow does not
 know go through fsspec. A file appears in one step: a temporary name and a rename where there are renames, one PUT on
-an object store, so a half-written file never counts.
+an object store (a multipart upload above 5 MB, which shows nothing until it is complete), so a half-written file never
+counts. The price on an object store is that a file waits in memory until it is whole.
 """
 
 from __future__ import annotations
@@ -20,25 +21,44 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+S3_ATTEMPTS = 10
+"""A cluster that starts at once is told to slow down; three attempts, Arrow's default, are soon used up."""
+
 
 def is_remote(uri: str) -> bool:
     """Whether a location names an object store (anything with a scheme but `file://`)."""
     return "://" in uri and not uri.startswith("file://")
 
 
-@lru_cache(maxsize=64)
 def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
     """File system and path of a location; errors name the location and what is missing.
 
     Raises ValueError for a scheme that neither Arrow nor an installed fsspec implementation knows.
     """
     if not is_remote(uri):
-        return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
-    scheme, rest = uri.split("://", 1)
+        return _local(), os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+    scheme, path = uri.split("://", 1)
+    if scheme == "s3":
+        return _s3(path.partition("/")[0]), path
+    if scheme == "hf":
+        return _by_uri("hf://")[0], path
+    if scheme in ("gs", "gcs"):
+        bucket, slash, key = path.partition("/")
+        filesystem, name = _by_uri(f"{scheme}://{bucket}")  # `anonymous@bucket` is a bucket too
+        return filesystem, name + slash + key
+    return _by_uri(uri)
+
+
+@lru_cache(maxsize=1)
+def _local() -> pafs.FileSystem:
+    return pafs.LocalFileSystem()
+
+
+@lru_cache(maxsize=64)
+def _by_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     try:
-        if scheme == "s3" and "?" not in rest:
-            return _s3(), rest
-        return pafs.FileSystem.from_uri(uri)
+        filesystem, path = pafs.FileSystem.from_uri(uri)
+        return filesystem, path
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ImportError) as arrow_error:
         import fsspec
 
@@ -49,15 +69,20 @@ def resolve(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path
 
 
-@lru_cache(maxsize=1)
-def _s3() -> pafs.FileSystem:
-    """S3 as the environment describes it; path-style addressing wherever an endpoint is named (MinIO, Ceph, tests)."""
+@lru_cache(maxsize=64)
+def _s3(bucket: str) -> pafs.FileSystem:
+    """S3 as the environment describes it; where it names neither region nor endpoint, the bucket is asked."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    options: dict[str, Any] = {"endpoint_override": endpoint, "allow_bucket_creation": False} if endpoint else {}
-    if region or endpoint:
-        options["region"] = region or "us-east-1"
-    return pafs.S3FileSystem(**options)
+    if region is None and endpoint is None:
+        with contextlib.suppress(OSError):  # no such bucket, or no network: opening something says so better
+            region = pafs.resolve_s3_region(bucket)
+    return pafs.S3FileSystem(
+        endpoint_override=endpoint,
+        region=region or ("us-east-1" if endpoint else None),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        allow_delayed_open=True,  # a small object is one PUT, not an upload of three requests
+    )
 
 
 @contextlib.contextmanager
@@ -83,7 +108,9 @@ def atomic_write(filesystem: pafs.FileSystem, path: str) -> Iterator[Any]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and (error.errno == errno.ENOSPC or "No space left on device" in str(error))
+    """Whether an error says that no space (or no quota) is left to write to."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return isinstance(error, OSError) and (error.errno in full or "No space left on device" in str(error))
 
 
 @dataclass(frozen=True)
@@ -119,6 +146,7 @@ class Store:
         return bool(self.filesystem.get_file_info(self.at(*names)).type != pafs.FileType.NotFound)
 
     def read(self, *names: str) -> bytes:
+        """Content of a file. Raises FileNotFoundError."""
         with self.filesystem.open_input_stream(self.at(*names)) as source:
             return bytes(source.read())
 

@@ -60,15 +60,19 @@ def _fetch(model: str, directory: Path) -> None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     name, _, revision = model.removeprefix(HUB).partition("@")
+    files = directory / "files"  # must not be there yet: a folder that is would do for the client where the hub fails
     try:
-        snapshot_download(name, revision=revision or None, allow_patterns=list(FILES), local_dir=directory)
+        snapshot_download(name, revision=revision or None, allow_patterns=list(FILES), local_dir=files)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise TamisError(f"cannot fetch {model}: {error}; fetch it yourself and give its folder as `model`") from error
-    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the client's notes on the download
+    shutil.rmtree(files / ".cache", ignore_errors=True)  # the client's notes on the download
+    for file in files.iterdir():
+        file.rename(directory / file.name)
+    files.rmdir()
 
 
 def folder_of(source: Artifact | Path) -> Path:
-    """Where the model (a folder, or a single checkpoint) is on this machine. Raises TamisError where it is not there."""
+    """Where the model (a folder or a checkpoint) is on this machine. Raises TamisError where it is not there."""
     place = source if isinstance(source, Path) else source.local()
     if not place.exists():
         raise TamisError(f"the model {place} is not on this machine: put it where every worker can read it")

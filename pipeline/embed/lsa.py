@@ -23,7 +23,7 @@ from pydantic import Field
 from pipeline.embed.base import Embed
 from pipeline.errors import CorpusError
 from pipeline.recipe import Column, State, Transform
-from pipeline.sample import Sample, needs_fit, texts
+from pipeline.sample import Sample, draw, needs_fit, texts
 from pipeline.vectors import unit_vectors, vector_schema
 from pipeline.words import hashed_words
 
@@ -57,7 +57,7 @@ class Lsa(Embed):
         seed = run.seed if self.seed is None else self.seed
         identity = self.identity(str(seed), run.identity("text"))
         sample = Sample(("text",), self.sample, run.rows, seed, key="text", max_bytes=4 * self.max_chars)
-        state = run.aggregate(sample) if needs_fit(run, "lsa", identity) else {}
+        state = draw(run, sample) if needs_fit(run, "lsa", identity) else {}
         return run.artifact("lsa", identity, partial(_fit, state, self.model_copy(update={"seed": seed})))
 
 
@@ -78,7 +78,7 @@ def _open(artifact: Artifact, max_chars: int) -> Transform:
     def embed(batch: pa.RecordBatch) -> pa.RecordBatch:
         counts = word_counts(batch.column("text"), len(weights), max_chars)
         x: np.ndarray = counts @ weights
-        reasons = np.full(len(x), None, dtype=object)
+        reasons = np.full(len(x), "", dtype=object)
         # What the sample does not span projects to rounding errors, whose direction means nothing.
         reasons[np.linalg.norm(x, axis=1) <= 1e-5 * norm(counts, axis=1)] = "no word in common with the sample"
         reasons[np.diff(counts.indptr) == 0] = f"no word in the first {max_chars} characters"

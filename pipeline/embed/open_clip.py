@@ -1,12 +1,13 @@
 """Vectors from the text tower of an OpenCLIP model, in the space that its images share.
 
-A text is cut to the model's context (77 tokens for most). float32 on CPUs, bfloat16 on GPUs (`engine.gpus`). Weights are
-safetensors, or a checkpoint that torch reads with `weights_only`. Nothing is downloaded unless the user names a model of
-the hub (`hf://org/name`) or a pretrained tag; then it is fetched once, into the run's artifacts.
+A text is cut to the model's context (77 tokens for most). float32 on CPUs, bfloat16 on GPUs (`engine.gpus`). Weights
+are safetensors, or a checkpoint that torch reads with `weights_only`. Nothing is downloaded unless the user names a
+model of the hub (`hf://org/name`) or a pretrained tag; then it is fetched once, into the run's artifacts.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from functools import partial
@@ -127,13 +128,14 @@ class OpenClip(Embed):
 
 
 def _architecture(name: str) -> dict[str, Any]:
-    """Configuration of a built-in architecture, read without importing torch. Raises ValueError that lists what there is."""
+    """Configuration of a built-in architecture, read without importing torch. Raises ValueError where there is none."""
     spec = find_spec("open_clip")
     folders = list(spec.submodule_search_locations or []) if spec else []
     known = {p.stem: p for folder in folders for p in (Path(folder) / "model_configs").glob("*.json")}
     if name not in known:
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0)
         raise ValueError(
-            f"open_clip knows no architecture {name!r}, and there is no such folder; it knows {', '.join(sorted(known))}"
+            f"open_clip knows no architecture {name!r}, and there is no such folder; near it are {', '.join(near)}"
         )
     config: dict[str, Any] = json.loads(known[name].read_text())
     return config
@@ -165,7 +167,7 @@ def _fetch_tag(architecture: str, tag: str, directory: Path) -> None:
     known = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in known:
         raise ConfigError(
-            f"embed.pretrained: {architecture} has no {tag!r}; there are {', '.join(known) or 'none'}, or give a checkpoint file"
+            f"embed.pretrained: {architecture} has no tag {tag!r}, only {', '.join(known) or 'none'}; or give a file"
         )
     try:
         file = Path(

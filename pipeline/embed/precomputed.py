@@ -120,7 +120,7 @@ def _open(reference: str, dims: int) -> Transform:
         flat = flat if pa.types.is_float64(flat.type) else flat.cast(pa.float32())
         x = np.zeros((len(values), dims), flat.type.to_pandas_dtype())
         x[fits] = flat.to_numpy(zero_copy_only=False).reshape(-1, dims)  # a null number in a list becomes NaN
-        reasons = np.full(len(values), None, dtype=object)
+        reasons = np.full(len(values), "", dtype=object)
         reasons[~fits] = [f"vector has {length} numbers instead of {dims}" for length in lengths[~fits]]
         return unit_vectors(x, reasons)
 

@@ -2,7 +2,7 @@
 
 Rows are tokenised together and cut into windows of the encoder's length; the windows of a batch are sorted by length
 and run in groups of at most `batch_tokens` tokens, padded to one of few lengths (16, 24, 32, 48, 64, 96 ...). A row of
-several windows is the mean of their vectors weighted by tokens; under mean pooling that is the mean over all its tokens.
+several windows is the mean of their vectors weighted by tokens; with mean pooling that is the mean over all its tokens.
 float32 on CPUs, bfloat16 on GPUs (`engine.gpus`). What runs beside a row changes its vector by float noise only.
 
 Weights are read from safetensors; code in a model's folder is never run. Nothing is downloaded unless the model is
@@ -108,7 +108,7 @@ def pooling_of(folder: Path, override: str | None) -> str:
     modules = {m["type"].rpartition(".")[2]: m["path"] for m in json.loads((folder / "modules.json").read_text())}
     if unknown := modules.keys() - {"Transformer", "Pooling", "Normalize"}:
         raise ValueError(
-            f"{folder}: its module {', '.join(sorted(unknown))} is not supported, only Transformer, Pooling and Normalize"
+            f"{folder}: module {', '.join(sorted(unknown))} is not supported; Transformer, Pooling and Normalize are"
         )
     if override or "Pooling" not in modules:
         return override or "mean"
@@ -122,7 +122,7 @@ def pooling_of(folder: Path, override: str | None) -> str:
     known = {"mean_tokens": "mean", "mean": "mean", "cls_token": "cls", "cls": "cls"}
     if len(modes) != 1 or modes[0] not in known:
         raise ValueError(
-            f"{folder}: its pooling is {' and '.join(modes)}; set `pooling` to mean or cls to use another than it was trained with"
+            f"{folder}: its pooling, {' and '.join(modes)}, is not supported; set `pooling` to mean or cls instead"
         )
     return known[modes[0]]
 
@@ -133,7 +133,9 @@ class Encoder:
     def __init__(self, folder: Path, pooling: str, precision: str, max_tokens: int | None) -> None:
         import torch
         from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
+        logging.disable_progress_bar()  # the engine shows its own
         self.pooling = pooling
         self.device = torch.device("cuda" if precision == "bfloat16" else "cpu")
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -159,7 +161,8 @@ class Encoder:
         windows, row = [cut["input_ids"][i] for i in looked_at], row[looked_at]
         lengths = np.array([len(w) for w in windows])
         vectors = self._windows(windows, lengths, batch_tokens)
-        return np.add.reduceat(vectors * lengths[:, None], np.searchsorted(row, np.arange(len(texts))))
+        rows: np.ndarray = np.add.reduceat(vectors * lengths[:, None], np.searchsorted(row, np.arange(len(texts))))
+        return rows
 
     def _windows(self, windows: list[list[int]], lengths: np.ndarray, batch_tokens: int) -> np.ndarray:
         """One vector a window, (m, dims) float32."""
@@ -199,7 +202,8 @@ class Encoder:
 def padded_lengths(lengths: np.ndarray) -> np.ndarray:
     """The next of 16, 24, 32, 48, 64, 96, 128 ...: at most half as much again, and two shapes an octave."""
     octave = 2 ** np.ceil(np.log2(np.maximum(lengths, 16))).astype(np.int64)
-    return np.where((lengths <= octave * 3 // 4) & (octave > 16), octave * 3 // 4, octave)
+    between = octave * 3 // 4
+    return np.asarray(np.where((lengths <= between) & (octave > 16), between, octave))
 
 
 def _window(folder: Path, tokenizer: Any, config: Any) -> int:

@@ -1,8 +1,8 @@
 """`aggregate`: one mergeable summary of the corpus, folded shard by shard and merged as a tree of fixed shape.
 
-States travel as npz files in the run's scratch, not through the driver: a unit folds 16 shards of thin columns (or one
-shard of text), a merge joins 16 states, and the driver reads the last. The tree depends on the shards alone, so sums
-of floats come out the same for any number of workers.
+States travel as npz files in the run's scratch, not through the driver: a unit folds one shard (16 thin ones where
+there are very many), a merge joins 16 states, and the driver reads the last one. The tree and the batches depend on
+the shards alone, so sums of floats come out the same for any number of workers, and after any number of lost ones.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pipeline.recipe import State, Statistic
 
 FAN_IN = 16
 BATCH_ROWS = 1 << 16
+MANY_SHARDS = 1024
+"""From this many on, shards of thin columns are folded 16 at a time; fewer are worth a worker each."""
 
 
 def save_state(store: Store, state: State, *names: str) -> None:
@@ -34,6 +36,10 @@ def save_state(store: Store, state: State, *names: str) -> None:
 def load_state(store: Store, *names: str) -> State:
     with np.load(io.BytesIO(store.read(*names)), allow_pickle=False) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def state_name(level: int, position: int) -> str:
+    return f"{level}-{position:05d}.npz"
 
 
 @dataclass
@@ -48,20 +54,19 @@ class FoldTask:
         position, shards = unit
         rows = size = 0
         states = []
+        inputs = list(self.statistic.inputs)
         for shard in shards:
             state: State = {}
-            for batch in read_shard(self.layout, shard, self.statistic.inputs, max(1, BATCH_ROWS >> (2 * attempt))):
+            for batch in read_shard(self.layout, shard, inputs, BATCH_ROWS):
                 rows, size = rows + batch.num_rows, size + batch.nbytes
-                usable = valid_rows(batch, self.statistic.inputs)
-                inputs = batch.select(list(self.statistic.inputs))
+                usable = valid_rows(batch, inputs)
+                batch = batch.select(inputs)
                 if usable is not None:
-                    inputs = inputs.filter(pa.array(usable))
-                if inputs.num_rows:
-                    state = self.statistic.update(state, inputs)
-            if state:
-                states.append(state)
-        merged = states[0] if len(states) == 1 else self.statistic.merge(states) if states else {}
-        save_state(self.layout.store, merged, *self.directory, f"0-{position:05d}.npz")
+                    batch = batch.filter(pa.array(usable))
+                if batch.num_rows:
+                    state = self.statistic.update(state, batch)
+            states.append(state)
+        save_state(self.layout.store, merge(self.statistic, states), *self.directory, state_name(0, position))
         return {"rows": rows, "bytes": size}
 
 
@@ -76,8 +81,8 @@ class MergeTask:
     def __call__(self, unit: tuple[int, int, int], attempt: int) -> dict[str, Any]:
         level, position, total = unit
         members = range(position * FAN_IN, min((position + 1) * FAN_IN, total))
-        states = [load_state(self.store, *self.directory, f"{level}-{i:05d}.npz") for i in members]
-        save_state(self.store, merge(self.statistic, states), *self.directory, f"{level + 1}-{position:05d}.npz")
+        states = [load_state(self.store, *self.directory, state_name(level, i)) for i in members]
+        save_state(self.store, merge(self.statistic, states), *self.directory, state_name(level + 1, position))
         return {"rows": 0, "bytes": 0}
 
 

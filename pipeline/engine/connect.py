@@ -17,33 +17,35 @@ OBJECT_STORE_BYTES = 256 << 20
 
 
 def connect(engine: EngineConfig) -> Pool:
-    """A pool on the Ray that the configuration names: the one already connected, a cluster's, or a local one of our own.
+    """A pool on the Ray that the configuration names: the one already connected, a cluster's, or one of our own.
 
     Raises ConfigError for a `ray://` address (the client protocol moves data through the driver; submit a job instead)
     and TamisError where the cluster does not answer.
     """
     if engine.address == "inline":
-        return InlinePool(engine.cpus)
+        return InlinePool(engine.retries)
     if engine.address and engine.address.startswith("ray://"):
-        raise ConfigError("engine.address: ray:// is not used; give host:port on the cluster, or `tamis submit CONFIG --address http://head:8265`")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's own announced default, which it warns about
+        raise ConfigError(
+            "engine.address: ray:// is not used; give host:port on the cluster, "
+            "or `tamis submit CONFIG --address http://head:8265`"
+        )
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's announced default, which it warns about
     import ray
 
+    address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
+    elastic = ray.is_initialized() or address != "local"
     if not ray.is_initialized():
-        address = engine.address or os.environ.get("RAY_ADDRESS")
+        options = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
+        if address == "local":
+            options |= {
+                "num_cpus": max(1, int((engine.workers or os.cpu_count() or 1) * engine.cpus)),
+                "include_dashboard": False,
+                "object_store_memory": OBJECT_STORE_BYTES,
+                "configure_logging": False,
+            }
         try:
-            if address:
-                ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-            else:
-                cores = (engine.workers or os.cpu_count() or 1) * engine.cpus
-                ray.init(
-                    num_cpus=max(1, int(cores)),
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    configure_logging=False,
-                )
+            ray.init(**options)
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
-            raise TamisError(f"cannot connect to Ray at {address or 'this machine'}: {error}") from error
-    return RayPool(engine.workers, engine.timeout_s, engine.retries)
+            where = "on this machine" if address == "local" else f"at {address}"
+            raise TamisError(f"cannot connect to Ray {where}: {error}") from error
+    return RayPool(engine.workers, engine.timeout_s, engine.retries, elastic)

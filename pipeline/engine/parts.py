@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -16,8 +17,10 @@ import pyarrow.parquet as pq
 from pipeline.corpus.storage import Store
 
 FINGERPRINT = b"tamis.fingerprint"
+QUARANTINED = "tamis.quarantined"
 GROUP_BYTES = 32 << 20
 GROUP_ROWS = 1 << 17
+READERS = 16
 
 
 def part_name(shard: int) -> str:
@@ -28,22 +31,21 @@ class PartWriter:
     """Collects batches into row groups of 32 MB or 131,072 rows, so that tiny batches do not make tiny row groups.
 
     Numbers are stored as they are (a score or a vector does not compress, and reading it back is a copy); strings are
-    dictionary-encoded and compressed.
+    dictionary-encoded and compressed. `quarantined`, set before the end, is noted in the footer.
     """
 
-    def __init__(self, sink: Any, schema: pa.Schema, fingerprint: str, compression: str | dict[str, str] | None = None) -> None:
+    def __init__(self, sink: Any, schema: pa.Schema, fingerprint: str) -> None:
         text = [f.name for f in schema if _is_texty(f.type)]
         self.schema = schema.with_metadata({FINGERPRINT: fingerprint.encode()})
         self.writer = pq.ParquetWriter(
             sink,
             self.schema,
-            compression=compression or {f.name: "zstd" if f.name in text else "none" for f in schema},
+            compression={f.name: "zstd" if f.name in text else "none" for f in schema},
             use_dictionary=text,
             write_statistics=False,
-            store_schema=True,
         )
         self.pending: list[pa.RecordBatch] = []
-        self.rows = self.bytes = 0
+        self.rows = self.bytes = self.quarantined = 0
 
     def write(self, batch: pa.RecordBatch) -> None:
         self.pending.append(batch)
@@ -61,40 +63,69 @@ class PartWriter:
     def __enter__(self) -> PartWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self._flush()
+            if self.quarantined:
+                self.writer.add_key_value_metadata({QUARANTINED: str(self.quarantined)})
             self.writer.close()
-        self.writer.is_open = False  # after an error the sink is gone: no footer is to be written when this is collected
+        self.writer.is_open = False  # after an error the sink is gone: collecting this must not write a footer
 
 
 def _is_texty(kind: pa.DataType) -> bool:
-    return pa.types.is_dictionary(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return any(check(kind) for check in (pa.types.is_dictionary, pa.types.is_string, pa.types.is_large_string))
 
 
 def write_part(store: Store, names: Sequence[str], table: pa.Table, fingerprint: str) -> None:
-    """Write a small table as one part."""
+    """Write a table that is held in memory as one part."""
     with store.sink(*names) as sink:
         with PartWriter(sink, table.schema, fingerprint) as writer:
             for batch in table.to_batches():
                 writer.write(batch)
 
 
-def part_fingerprint(store: Store, *names: str) -> str | None:
-    """Fingerprint in a part's footer; None where there is no such part or it is not whole."""
+@dataclass(frozen=True)
+class PartInfo:
+    """What a part's footer says."""
+
+    fingerprint: str
+    rows: int
+    quarantined: int
+
+
+def part_info(store: Store, *names: str) -> PartInfo | None:
+    """None where there is no such part or it is not whole."""
     try:
         with store.filesystem.open_input_file(store.at(*names)) as source:
-            metadata = pq.read_metadata(source).metadata or {}
-    except (FileNotFoundError, OSError, pa.ArrowException):
+            footer = pq.read_metadata(source)
+    except (OSError, pa.ArrowException):
         return None
-    found = metadata.get(FINGERPRINT)
-    return found.decode() if found else None
+    notes = footer.metadata or {}
+    if FINGERPRINT not in notes:
+        return None
+    return PartInfo(notes[FINGERPRINT].decode(), footer.num_rows, int(notes.get(QUARANTINED.encode(), b"0")))
 
 
-def stale(store: Store, directory: Sequence[str], wanted: dict[int, str]) -> list[int]:
-    """Shards (keys of `wanted`) whose part in a directory is missing or is not of the wanted fingerprint."""
+def part_fingerprint(store: Store, *names: str) -> str | None:
+    """Fingerprint in a part's footer; None where there is no such part or it is not whole."""
+    info = part_info(store, *names)
+    return info.fingerprint if info else None
+
+
+def survey(store: Store, directory: Sequence[str], wanted: dict[int, tuple[str, int]]) -> tuple[list[int], int]:
+    """Which parts of a directory are missing or not true, and how many rows the true ones left in quarantine.
+
+    `wanted`: the fingerprint and the number of rows of every shard's part.
+    """
     there = store.files(*directory)
     candidates = [i for i in wanted if part_name(i) in there]
-    with ThreadPoolExecutor(16) as pool:
-        found = dict(zip(candidates, pool.map(lambda i: part_fingerprint(store, *directory, part_name(i)), candidates), strict=True))
-    return [i for i, fingerprint in wanted.items() if found.get(i) != fingerprint]
+    with ThreadPoolExecutor(READERS) as threads:
+        infos = threads.map(lambda i: part_info(store, *directory, part_name(i)), candidates)
+        true = {
+            i: info
+            for i, info in zip(candidates, infos, strict=True)
+            if info is not None and (info.fingerprint, info.rows) == wanted[i]
+        }
+    return [i for i in wanted if i not in true], sum(info.quarantined for info in true.values())

@@ -1,4 +1,7 @@
-"""What a person sees while a pass runs: shards, rows/s, bytes/s, failures, time left; log lines where there is no terminal."""
+"""What a person sees while a pass runs: shards, rows/s, bytes/s, failures, time left.
+
+A live line in a terminal, log lines elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,12 @@ class Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(20),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+            )
             self._bar = Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True))
             self._bar.start()
             self._task = self._bar.add_task(f"{self.label:<12}", total=self.total, rate="")
@@ -51,7 +59,9 @@ class Progress:
     def _line(self, text: str) -> None:
         print(f"{self.label:<12} {text}", file=sys.stderr, flush=True)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
         elif not self.quiet and self.done:

@@ -40,21 +40,23 @@ class Layout:
 
 
 def read_shard(layout: Layout, shard: Shard, references: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
-    """Batches whose columns are named by their references. Unusable text and ids are null, with `source.reason`."""
+    """Batches whose columns are named by their references. Unusable texts and ids are null, with `source.reason`.
+
+    Where batches end depends on the files and `batch_rows` alone. Raises CorpusError.
+    """
     source = {r: name for r in references if (name := layout.source_column(r)) is not None}
     derived: dict[str, list[str]] = {}
     for reference in references:
         if reference not in source and not reference.startswith("address."):
             column, _, field = reference.partition(".")
             derived.setdefault(column, []).append(field)
-    streams: list[Iterator[pa.RecordBatch]] = []
+    streams = [_derived_batches(layout.store, shard, column, fields, batch_rows) for column, fields in derived.items()]
     if source:
         streams.append(_source_batches(shard, source, batch_rows))
-    streams += [_derived_batches(layout.store, shard, column, fields, batch_rows) for column, fields in derived.items()]
     if not streams:  # only addresses are wanted
-        streams = [_counted(shard.rows, batch_rows)]
+        streams.append(_counted(shard.rows, batch_rows))
     row = 0
-    for batches in _aligned(streams, batch_rows, shard):
+    for batches in _aligned(streams, shard):
         columns = {name: b.column(i) for b in batches for i, name in enumerate(b.schema.names)}
         n = batches[0].num_rows
         if "address.row" in references:
@@ -72,21 +74,27 @@ def _source_batches(shard: Shard, names: dict[str, str], batch_rows: int) -> Ite
     for batch in _coalesced(read_source(shard, sorted(set(names.values())), batch_rows), batch_rows):
         columns = {reference: batch.column(name) for reference, name in names.items()}
         reasons = pa.nulls(batch.num_rows, pa.string())
-        if "id" in columns:
+        if "id" in columns and columns["id"].null_count:
             reasons = pc.if_else(pc.is_null(columns["id"]), "null id", reasons)
         if "text" in columns:
             columns["text"], why = clean_text(columns["text"])
-            reasons = reasons if why is None else pc.coalesce(why.cast(pa.string()), reasons)
+            reasons = reasons if why is None else pc.coalesce(why, reasons)
         if "text" in columns or "id" in columns:
             columns[REASON] = reasons
         yield pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
 
 
-def _derived_batches(store: Store, shard: Shard, column: str, fields: list[str], rows: int) -> Iterator[pa.RecordBatch]:
-    with store.filesystem.open_input_file(store.at("columns", column, part_name(shard.index))) as source:
-        file = pq.ParquetFile(source)
-        for batch in file.iter_batches(rows, columns=fields, use_threads=False):
-            yield pa.RecordBatch.from_arrays([batch.column(f) for f in fields], [f"{column}.{f}" for f in fields])
+def _derived_batches(
+    store: Store, shard: Shard, column: str, fields: list[str], batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    path = store.at("columns", column, part_name(shard.index))
+    try:
+        with store.filesystem.open_input_file(path) as source:
+            file = pq.ParquetFile(source, pre_buffer=not store.local)
+            for batch in file.iter_batches(batch_rows, columns=fields, use_threads=False):
+                yield pa.RecordBatch.from_arrays([batch.column(f) for f in fields], [f"{column}.{f}" for f in fields])
+    except (pa.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}: {error}; delete it and run again") from error
 
 
 def _counted(total: int, rows: int) -> Iterator[pa.RecordBatch]:
@@ -108,20 +116,17 @@ def _coalesced(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Reco
         yield pa.concat_batches(held) if len(held) > 1 else held[0]
 
 
-def _aligned(streams: list[Iterator[pa.RecordBatch]], rows: int, shard: Shard) -> Iterator[list[pa.RecordBatch]]:
+def _aligned(streams: list[Iterator[pa.RecordBatch]], shard: Shard) -> Iterator[list[pa.RecordBatch]]:
     """Walk streams of different batch lengths in step."""
-    heads: list[pa.RecordBatch | None] = [None] * len(streams)
-    while True:
-        for i, stream in enumerate(streams):
-            while (head := heads[i]) is None or head.num_rows == 0:
-                heads[i] = next(stream, None)
-                if heads[i] is None:
-                    break
-        present = [h for h in heads if h is not None]
-        if not present:
-            return
-        if len(present) < len(heads):
+    heads = [_next(stream) for stream in streams]
+    while any(heads):
+        if not all(heads):
             raise CorpusError(f"shard {shard.index}: its columns differ in length: run again with --refresh")
-        n = min(rows, *(h.num_rows for h in present)) if len(present) > 1 else min(rows, present[0].num_rows)
-        yield [h.slice(0, n) for h in present]
-        heads = [h.slice(n) for h in present]
+        n = min(len(head) for head in heads)
+        yield [head.slice(0, n) for head in heads]
+        heads = [h.slice(n) if n < len(h) else _next(s) for h, s in zip(heads, streams, strict=True)]
+
+
+def _next(stream: Iterator[pa.RecordBatch]) -> pa.RecordBatch:
+    """The next batch with rows; an empty list at the end."""
+    return next((batch for batch in stream if len(batch)), [])

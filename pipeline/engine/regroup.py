@@ -1,35 +1,43 @@
 """`regroup`: rows with the same key together, and what is found about them back at their addresses as a column.
 
-Three rounds of tasks through part files, each resumable: `split` sorts a shard's thin rows into partitions by a hash of
-their key, `gather` brings one partition of all shards to one worker, sorts it by key and applies the function, and
-`scatter` carries the results home, shard by shard. A split file holds a row group a partition, so a partition is read
-without its neighbours. All rows of one key meet in one worker; thin tables only, never the text.
+Three rounds of tasks through files in the run's scratch, each resumable: `split` sorts the thin rows of some shards
+into partitions by a hash of their key, `gather` brings one partition of all shards to one worker, sorts it by key and
+applies the function, and `scatter` carries the results home. Shards go through split and scatter in blocks, so that
+there are not shards x partitions files, and a file is Arrow's own, whose n-th batch is the n-th group: a group is read
+without its neighbours. All rows of one key meet in one worker, which therefore has to hold them; thin tables only,
+never the text.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.corpus.shards import Shard
 from pipeline.corpus.storage import Store
 from pipeline.engine.materialize import Plan, valid_rows
-from pipeline.engine.parts import FINGERPRINT, PartWriter, part_name, stale
+from pipeline.engine.parts import FINGERPRINT, part_name, write_part
 from pipeline.engine.reading import Layout, read_shard
+from pipeline.errors import TamisError
 from pipeline.hashing import KEY, mix64
 
 SHARD, ROW = "address.shard", "address.row"
 PARTITION_BYTES = 128 << 20
 """Bytes of thin rows that one gather aims to hold."""
+BLOCK_ROWS = 1 << 22
+BATCH_ROWS = 1 << 16
 
 Reduce = Callable[[pa.Table], pa.Table]
 """Rows of one partition, sorted by (key, address), to a table with `address.shard`, `address.row` and the values."""
+
+Block = tuple[int, tuple[Shard, ...]]
+"""Number and shards: consecutive ones of about four million rows together."""
 
 
 @dataclass(frozen=True)
@@ -42,21 +50,43 @@ class Regroup:
     key: str
     reduce: Reduce
     partitions: int
+    blocks: tuple[Block, ...]
     fingerprint: str
 
-    def place(self, round_: str) -> tuple[str, ...]:
-        return ("scratch", "regroup", self.name, round_)
+    def place(self, round_: str, number: int) -> tuple[str, ...]:
+        return ("scratch", "regroup", self.name, round_, f"{number:05d}.arrow")
+
+    def unfinished(self, round_: str, count: int) -> list[int]:
+        """Which files of a round are not there, or of another time."""
+        return [i for i in range(count) if read_mark(self.store, *self.place(round_, i)) != self.fingerprint]
+
+
+def blocks_of(shards: Sequence[Shard]) -> tuple[Block, ...]:
+    blocks: list[list[Shard]] = []
+    rows = BLOCK_ROWS
+    for shard in shards:
+        if rows + shard.rows > BLOCK_ROWS:
+            blocks.append([])
+            rows = 0
+        blocks[-1].append(shard)
+        rows += shard.rows
+    return tuple((number, tuple(block)) for number, block in enumerate(blocks))
 
 
 def key_groups(table: pa.Table, key: str) -> Iterator[pa.Table]:
     """The runs of equal keys of a sorted table, in order, without copying."""
     values = table[key].combine_chunks()
-    if table.num_rows == 0:
+    if not len(values):
         return
     edges = pc.not_equal(values.slice(1), values.slice(0, len(values) - 1)).to_numpy(zero_copy_only=False)
-    starts = [0, *(np.flatnonzero(edges) + 1).tolist(), len(values)]
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise([0, *(np.flatnonzero(edges) + 1).tolist(), len(values)]):
         yield table.slice(start, end - start)
+
+
+def check_key(name: str, kind: pa.DataType) -> None:
+    """Raise TamisError for a type by which rows cannot be regrouped."""
+    if not (pa.types.is_integer(kind) or kind == KEY):
+        raise TamisError(f"rows cannot be regrouped by {name}, which is {kind}: it takes integers or row.key")
 
 
 def partition_of(keys: pa.Array, partitions: int) -> np.ndarray:
@@ -64,7 +94,7 @@ def partition_of(keys: pa.Array, partitions: int) -> np.ndarray:
     if keys.type == KEY:
         numbers = np.frombuffer(keys.buffers()[1], "<u8").reshape(-1, 2)[keys.offset : keys.offset + len(keys), 0]
     else:
-        numbers = keys.cast(pa.uint64(), safe=False).to_numpy()
+        numbers = keys.to_numpy(zero_copy_only=False).astype(np.uint64)
     return np.asarray(mix64(numbers) % np.uint64(partitions), np.int64)
 
 
@@ -73,39 +103,35 @@ class SplitTask:
     layout: Layout
     job: Regroup
 
-    def __call__(self, shard: Shard, attempt: int) -> dict[str, Any]:
+    def __call__(self, block: Block, attempt: int) -> dict[str, Any]:
+        number, shards = block
         references = list(dict.fromkeys([*self.job.inputs, self.job.key, SHARD, ROW]))
         batches = []
-        for batch in read_shard(self.layout, shard, references, 1 << 16):
-            usable = valid_rows(batch, references)
-            batches.append(
-                batch.select(references) if usable is None else batch.select(references).filter(pa.array(usable))
-            )
-        table = pa.Table.from_batches(batches)
-        keys = table[self.job.key].combine_chunks()
-        write_grouped(self.job, "split", shard.index, table, partition_of(keys, self.job.partitions), shard.fingerprint)
+        for shard in shards:
+            for batch in read_shard(self.layout, shard, references, BATCH_ROWS):
+                usable = valid_rows(batch, references)
+                batch = batch.select(references)
+                batches.append(batch if usable is None else batch.filter(pa.array(usable)))
+        table = pa.Table.from_batches(batches).combine_chunks()
+        groups = partition_of(_single(table[self.job.key]), self.job.partitions)
+        write_groups(self.job, "split", number, table, groups, self.job.partitions)
         return {"rows": table.num_rows, "bytes": table.nbytes}
 
 
 @dataclass
 class GatherTask:
     job: Regroup
-    shards: tuple[int, ...]
 
     def __call__(self, partition: int, attempt: int) -> dict[str, Any]:
-        found = [t for s in self.shards if (t := read_grouped(self.job, "split", s, partition)) is not None]
-        if found:
-            table = pa.concat_tables(found)
-            table = self.job.reduce(
-                table.sort_by([(self.job.key, "ascending"), (SHARD, "ascending"), (ROW, "ascending")])
-            )
-            table = table.sort_by([(SHARD, "ascending"), (ROW, "ascending")])
-            write_grouped(self.job, "gather", partition, table, table[SHARD].to_numpy())
-        else:
-            write_grouped(
-                self.job, "gather", partition, pa.table({SHARD: pa.array([], pa.int32())}), np.array([], np.int64)
-            )
-        return {"rows": sum(t.num_rows for t in found), "bytes": sum(t.nbytes for t in found)}
+        job = self.job
+        table = pa.Table.from_batches([read_group(job, "split", number, partition) for number, _ in job.blocks])
+        table = table.sort_by([(job.key, "ascending"), (SHARD, "ascending"), (ROW, "ascending")])
+        found = job.reduce(table).sort_by([(SHARD, "ascending"), (ROW, "ascending")])
+        block_of = np.zeros(1 + max(s.index for _, shards in job.blocks for s in shards), np.int64)
+        for number, shards in job.blocks:
+            block_of[[s.index for s in shards]] = number
+        write_groups(job, "gather", partition, found, block_of[found[SHARD].to_numpy()], len(job.blocks))
+        return {"rows": table.num_rows, "bytes": table.nbytes}
 
 
 @dataclass
@@ -113,50 +139,51 @@ class ScatterTask:
     job: Regroup
     plan: Plan
 
-    def __call__(self, shard: Shard, attempt: int) -> dict[str, Any]:
+    def __call__(self, block: Block, attempt: int) -> dict[str, Any]:
+        number, shards = block
         fields = self.plan.column.fields
-        tables = [
-            t for p in range(self.job.partitions) if (t := read_grouped(self.job, "gather", p, shard.index)) is not None
-        ]
-        where = np.full(shard.rows, -1)
-        columns = [pa.nulls(shard.rows, f.type) for f in fields]
-        if tables:
-            table = pa.concat_tables(tables)
-            where[table[ROW].to_numpy()] = np.arange(table.num_rows)
+        found = pa.Table.from_batches(
+            [read_group(self.job, "gather", p, number) for p in range(self.job.partitions)]
+        ).combine_chunks()
+        homes, rows = found[SHARD].to_numpy(), found[ROW].to_numpy()
+        for shard in shards:
+            here = np.flatnonzero(homes == shard.index)
+            where = np.full(shard.rows, -1)
+            where[rows[here]] = here
             at = pa.array(where, mask=where < 0)
-            columns = [table[f.name].combine_chunks().cast(f.type).take(at) for f in fields]
-        batch = pa.RecordBatch.from_arrays(columns, schema=fields)
-        with self.job.store.sink("columns", self.plan.column.name, part_name(shard.index)) as sink:
-            with PartWriter(sink, fields, self.plan.part(shard)) as writer:
-                writer.write(batch)
-        return {"rows": shard.rows, "bytes": batch.nbytes}
+            values = [_single(found[f.name]).cast(f.type).take(at) for f in fields]
+            table = pa.Table.from_arrays(values, schema=fields)
+            write_part(
+                self.job.store, ("columns", self.plan.column.name, part_name(shard.index)), table, self.plan.part(shard)
+            )
+        return {"rows": sum(s.rows for s in shards), "bytes": found.nbytes}
 
 
-def write_grouped(job: Regroup, round_: str, number: int, table: pa.Table, groups: np.ndarray, salt: str = "") -> None:
-    """A file with one row group a group that occurs; which is which stands in the footer."""
+def write_groups(job: Regroup, round_: str, number: int, table: pa.Table, groups: np.ndarray, count: int) -> None:
+    """An Arrow file of `count` batches: the n-th holds the rows whose group is n, in their order."""
     order = np.argsort(groups, kind="stable")
-    table, groups = table.take(pa.array(order)), groups[order]
-    edges = np.flatnonzero(np.diff(groups, prepend=-1))
-    metadata = {
-        FINGERPRINT: (job.fingerprint + salt).encode(),
-        b"tamis.groups": ",".join(map(str, groups[edges].tolist())).encode(),
-    }
-    with job.store.sink(*job.place(round_), part_name(number)) as sink:
-        schema = table.schema.with_metadata(metadata)
-        with pq.ParquetWriter(sink, schema, compression="none", use_dictionary=False, write_statistics=False) as writer:
-            for start, end in zip(edges, [*edges[1:], len(groups)], strict=True):
-                writer.write_table(table.slice(start, end - start).cast(schema), row_group_size=int(end - start))
+    edges = np.searchsorted(groups[order], np.arange(count + 1))
+    table = table.take(pa.array(order)).combine_chunks()
+    batch = table.to_batches()[0] if table.num_rows else pa.RecordBatch.from_pylist([], schema=table.schema)
+    schema = table.schema.with_metadata({FINGERPRINT: job.fingerprint.encode()})
+    with job.store.sink(*job.place(round_, number)) as sink, pa.ipc.new_file(sink, schema) as writer:
+        for start, end in pairwise(edges.tolist()):
+            writer.write_batch(batch.slice(start, end - start))
 
 
-def read_grouped(job: Regroup, round_: str, number: int, group: int) -> pa.Table | None:
-    """Rows of one group of a file; None where it has none."""
-    with job.store.filesystem.open_input_file(job.store.at(*job.place(round_), part_name(number))) as source:
-        file = pq.ParquetFile(source)
-        groups = [int(g) for g in file.metadata.metadata[b"tamis.groups"].decode().split(",") if g]
-        if group not in groups:
-            return None
-        return file.read_row_group(groups.index(group), use_threads=False).replace_schema_metadata(None)
+def read_group(job: Regroup, round_: str, number: int, group: int) -> pa.RecordBatch:
+    with job.store.filesystem.open_input_file(job.store.at(*job.place(round_, number))) as source:
+        return pa.ipc.open_file(source).get_batch(group).replace_schema_metadata(None)
 
 
-def missing_parts(job: Regroup, round_: str, wanted: dict[int, str]) -> list[int]:
-    return stale(job.store, job.place(round_), wanted)
+def read_mark(store: Store, *names: str) -> str | None:
+    """Fingerprint of a file of groups; None where there is none or it is not whole."""
+    try:
+        with store.filesystem.open_input_file(store.at(*names)) as source:
+            return str(pa.ipc.open_file(source).schema.metadata[FINGERPRINT].decode())
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def _single(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)

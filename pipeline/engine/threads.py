@@ -1,16 +1,24 @@
 """Thread counts follow the cores that an actor was given, so that results and speed do not depend on the machine.
 
-Arrow, OpenMP (FAISS), BLAS and polars all start one thread a core of the machine by default; four actors on four cores
-would run sixteen threads, and sums in BLAS would differ with the core count.
+Arrow, OpenMP (FAISS), BLAS, polars and tokenizers all start one thread a core of the machine by default; four actors
+on four cores would run sixteen threads, and sums in BLAS would differ with the core count.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _cpus = 1
+
+VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "POLARS_MAX_THREADS",
+    "RAYON_NUM_THREADS",  # tokenizers
+)
 
 
 def cpus() -> int:
@@ -19,21 +27,33 @@ def cpus() -> int:
 
 
 def prepare_process(count: float) -> None:
-    """Limit every library in this process, before it is imported. For actors, which own their process."""
-    threads = str(max(1, int(count)))
-    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "POLARS_MAX_THREADS"):
-        os.environ[name] = threads
-    _set(int(threads))
+    """Limit every library in this process, loaded already or not. For actors, which own their process."""
+    for name in VARIABLES:
+        os.environ[name] = str(_whole(count))
+    _set(_whole(count))
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(limits=_cpus)  # NumPy came with this very module, before the variables
 
 
-def limited(count: float) -> AbstractContextManager[Any]:
+@contextmanager
+def limited(count: float) -> Iterator[None]:
     """Limit the libraries that are loaded already, inside the block. For work in the caller's own process."""
-    _set(max(1, int(count)))
+    import pyarrow as pa
+    from threadpoolctl import threadpool_limits
+
+    before, arrow = _cpus, pa.cpu_count()
+    _set(_whole(count))
     try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:
-        return nullcontext()
-    return threadpool_limits(limits=_cpus)
+        with threadpool_limits(limits=_cpus):
+            yield
+    finally:
+        _set(before)
+        pa.set_cpu_count(arrow)
+
+
+def _whole(count: float) -> int:
+    return max(1, int(count))
 
 
 def _set(count: int) -> None:

@@ -43,8 +43,9 @@ def level_values() -> np.ndarray:
     keys = np.arange(LEVELS, dtype=np.uint32) << np.uint32(16)
     negative = keys < np.uint32(1 << 31)
     bits = np.where(negative, ~keys, keys ^ np.uint32(1 << 31))
-    values = (bits & np.uint32(0xFFFF0000)).view(np.float32).astype(np.float64)
-    return np.where(np.isnan(values), np.where(negative, -np.inf, np.inf), values)
+    values = (bits & np.uint32(0xFFFF0000)).view(np.float32)
+    values[np.isnan(values)] = np.inf  # levels that no score has
+    return values.astype(np.float64)
 
 
 def bins(levels: np.ndarray, most: int = 48, tail: float = 0.002) -> Bins | None:
@@ -156,7 +157,9 @@ class Overview:
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
         keep = numpy_of(batch, "select.keep")
-        amounts = np.stack([np.ones(len(keep), np.int64), *(numpy_of(batch, f"row.{a}") for a in ("tokens", "bytes"))], axis=1)
+        amounts = np.stack(
+            [np.ones(len(keep), np.int64), *(numpy_of(batch, f"row.{a}") for a in ("tokens", "bytes"))], axis=1
+        )
         reason, amount = _named(batch.column("select.reason"), amounts)
         levels = np.zeros((len(self.scores), 2, LEVELS), np.int64)
         for number, name in enumerate(self.scores):

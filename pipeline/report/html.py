@@ -28,8 +28,8 @@ def el(tag: str, *children: Child, **attributes: str | int | float | bool | None
 
 
 def join(children: Child) -> Html:
-    """Markup and text end to end, text escaped."""
-    if children is None:
+    """Markup and text end to end, text escaped; None and False are nothing, so that `condition and el(...)` works."""
+    if children is None or children is False:
         return Html()
     if isinstance(children, Html):
         return children

@@ -6,7 +6,7 @@ last wanted row. A text is cut to its first bytes before anything else is done w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,7 +25,9 @@ Address = tuple[int, int]
 """(shard, row in the shard)"""
 
 
-def read_rows(shards: Mapping[int, Shard], addresses: Iterable[Address], columns: Sequence[str]) -> dict[Address, list[str]]:
+def read_rows(
+    shards: Sequence[Shard], addresses: Iterable[Address], columns: Sequence[str]
+) -> dict[Address, list[str]]:
     """The start of some columns of some rows, as text; a null is an empty string, broken UTF-8 shows as U+FFFD."""
     wanted: dict[int, list[int]] = {}
     for shard, row in addresses:
@@ -57,13 +59,19 @@ def _of_piece(piece: Piece, rows: Sequence[int], columns: Sequence[str]) -> Iter
             start += count
 
 
-def _of_group(file: pq.ParquetFile, group: int, rows: np.ndarray, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+def _of_group(
+    file: pq.ParquetFile, group: int, rows: np.ndarray, columns: Sequence[str]
+) -> Iterator[tuple[int, list[str]]]:
     start = 0
-    for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=list(dict.fromkeys(columns)), use_threads=False):
+    for batch in file.iter_batches(
+        BATCH_ROWS, row_groups=[group], columns=list(dict.fromkeys(columns)), use_threads=False
+    ):
         here = rows[(rows >= start) & (rows < start + batch.num_rows)]
         if len(here):
             taken = batch.take(pa.array(here - start))
-            yield from zip(here.tolist(), map(list, zip(*(_texts(taken.column(c)) for c in columns), strict=True)), strict=True)
+            yield from zip(
+                here.tolist(), map(list, zip(*(_texts(taken.column(c)) for c in columns), strict=True)), strict=True
+            )
         start += batch.num_rows
         if start > rows[-1]:
             return
@@ -72,7 +80,9 @@ def _of_group(file: pq.ParquetFile, group: int, rows: np.ndarray, columns: Seque
 def _texts(values: pa.Array) -> list[str]:
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)) and "binary" not in str(values.type):
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)) and "binary" not in str(
+        values.type
+    ):
         return ["" if v is None else str(v)[:START_BYTES] for v in values.to_pylist()]
     starts = pc.binary_slice(values.cast(pa.large_binary()), 0, START_BYTES).to_pylist()
     return ["" if v is None else v.decode(errors="replace") for v in starts]

@@ -14,6 +14,7 @@ Sources: Rae et al. 2021 (arXiv 2112.11446, table A1), Raffel et al. 2020 (arXiv
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from pydantic import Field, field_validator
 from pipeline.recipe import Column, Transform
 from pipeline.scores.base import Score
 from pipeline.textrules import chars as kinds
-from pipeline.textrules.docs import MAX_DOCS, Docs, Spans
+from pipeline.textrules.docs import MAX_DOCS, NEWLINE, Docs, Spans
 from pipeline.textrules.repetition import duplicate_grams, duplicates, top_grams
 from pipeline.textrules.words import Words, count_sentences, lookup, split_words
 
@@ -60,8 +61,8 @@ class Heuristics(Score):
     dup_para_char_frac: Share | None = 0.2
     dup_line_frac: Share | None = 0.3
     dup_line_char_frac: Share | None = 0.2
-    top_n_grams: Shares = {2: 0.2, 3: 0.18, 4: 0.16}
-    dup_n_grams: Shares = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    top_n_grams: Shares = Field({2: 0.2, 3: 0.18, 4: 0.16})
+    dup_n_grams: Shares = Field({5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10})
 
     # Gopher quality.
     min_doc_words: Count | None = 50
@@ -112,7 +113,7 @@ class Heuristics(Score):
 
     def judge(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Scores and rules of a batch with the column `text`."""
-        texts = batch.column("text")
+        texts = batch.column("text").cast(pa.large_string())
         rules = pa.concat_arrays([pa.array([], pa.string()), *map(self._judge_piece, _pieces(texts))])
         return pa.record_batch([pc.is_null(rules).cast(pa.float32()), rules], schema=FIELDS)
 
@@ -159,10 +160,10 @@ class Heuristics(Score):
         judge.below("gopher_below_avg_threshold", letters, count, self.min_avg_word_length, spaced)
         judge.above("gopher_above_avg_threshold", letters, count, self.max_avg_word_length, spaced)
 
-        hashes = docs.per_doc(np.flatnonzero(docs.chars == ord("#")))
+        hashes = docs.texts.count(np.flatnonzero(docs.chars == ord("#")))
         judge.above("gopher_too_many_hashes", hashes, words.counts, self.max_symbol_word_ratio)
         dots = _runs(docs, ".")
-        ellipses = docs.tally(dots.docs, dots.lengths // 3) + docs.per_doc(np.flatnonzero(docs.chars == ord("…")))
+        ellipses = docs.tally(dots.docs, dots.lengths // 3) + docs.texts.count(np.flatnonzero(docs.chars == ord("…")))
         judge.above("gopher_too_many_ellipsis", ellipses, words.counts, self.max_symbol_word_ratio)
 
         lines = docs.screen_lines
@@ -188,19 +189,157 @@ class Heuristics(Score):
             judge.below("gopher_enough_stop_words", seen.sum(axis=1), 1, self.min_stop_words, ~docs.unspaced)
 
     def _c4(self, judge: _Judge) -> None:
-        """Drops lines as C4 does, and leaves the judge with what is left of the texts."""
-        judge.look_at(judge.docs.select(judge.open))
-        docs = judge.docs
-        lines = docs.screen_lines
+        """Drops lines as C4 does, and leaves the judge with what remains of the texts."""
+        gone = "too_few_sentences" if self.min_num_sentences else "empty"
+        docs, lines = judge.docs, judge.docs.screen_lines
         first, stop = docs.chunks_in(lines)
-        words, unspaced = stop - first, docs.unspaced[lines.docs]
-        if docs.unspaced.any():
-            words = words + unspaced * _inside(lines, np.flatnonzero(docs.flags & kinds.UNSPACED))
+        unspaced = docs.unspaced[lines.docs]
+        words = stop - first + np.where(unspaced, lines.count(docs.having(kinds.UNSPACED)), 0)
         kept = words >= (self.min_words_per_line or 0)
         if self.max_word_length is not None:
-            kept &= unspaced | (_inside(lines, docs.chunks.starts[docs.chunks.lengths > self.max_word_length]) == 0)
-        starts, ends = docs.strip(lines)
-        docs = _keep_lines(docs, Spans(starts, ends, lines.docs)[kept], self._citations(docs))
+            kept &= unspaced | (lines.count(docs.chunks.starts[docs.chunks.lengths > self.max_word_length]) == 0)
+        judge.keep(
+            Spans(*docs.strip(lines), lines.docs)[kept], gone, _citations(docs) if self.remove_citations else None
+        )
 
-        lines = docs.lines
-        drop = lines.lengths == 0 if ...
+        if not judge.open.any():
+            return
+        docs, lines = judge.docs, judge.docs.lines
+        drop = np.zeros(len(lines), bool)
+        if self.filter_no_terminal_punct:
+            last, filled = docs.chars[lines.ends - 1], lines.lengths > 0
+            ellipsis = _runs(docs, ".")
+            ellipsis_ends = ellipsis.ends[ellipsis.lengths >= 3]
+            drop |= ~(filled & np.isin(last, list(map(ord, ".?!\"'")))) | np.isin(lines.ends, ellipsis_ends)
+        fatal = np.zeros((2, len(lines)), bool)
+        if self.filter_lorem_ipsum:
+            fatal[0] = ~drop & (lines.count(docs.find("lorem ipsum")) > 0)
+        if self.filter_javascript:
+            drop |= lines.count(docs.find("javascript")) > 0
+        if self.filter_curly_bracket:
+            fatal[1] = ~drop & (lines.count(docs.find("{")) > 0)
+        for phrase in _POLICY if self.filter_policy else ():
+            drop |= lines.count(docs.find(phrase)) > 0
+        which = np.flatnonzero(fatal.any(axis=0))
+        texts, at = np.unique(lines.docs[which], return_index=True)  # the first such line of each text
+        for reason, guilty in zip(("lorem_ipsum", "curly_bracket"), (fatal[0], ~fatal[0]), strict=True):
+            judge.fail(reason, np.isin(np.arange(len(docs)), texts[guilty[which[at]]]))
+        judge.keep(lines[~drop], gone)
+
+        if not judge.open.any():
+            return
+        docs = judge.docs
+        if self.min_num_sentences:
+            few = docs.tally(docs.lines.docs) < self.min_num_sentences  # a line is one sentence at least
+            if few.any():
+                short = docs.select(few)
+                sentences = short.tally(short.lines.docs, count_sentences(split_words(short), short.lines))
+                few[few] = sentences < self.min_num_sentences
+            judge.fail("too_few_sentences", few)
+        judge.keep(Spans(*docs.strip(docs.texts), np.arange(len(docs))), gone)
+
+    def _fineweb(self, judge: _Judge) -> None:
+        docs = judge.docs
+        first, stop = docs.chunks_in(docs.lines)
+        lines = docs.lines[first < stop]
+        count = docs.tally(lines.docs)
+        judge.fail("empty", count == 0)
+        prose = (docs.flags[lines.ends - 1] & kinds.LINE_END) != 0
+        judge.below("line_punct_ratio", docs.tally(lines.docs[prose]), count, self.line_punct_thr)
+        short = lines.lengths <= self.short_line_length
+        judge.above("short_line_ratio", docs.tally(lines.docs[short]), count, self.short_line_thr)
+        newlines = docs.tally(docs.lines.docs) - 1
+        judge.above("char_dup_ratio", duplicates(docs, lines)[1], docs.lengths - newlines, self.char_duplicates_ratio)
+        if self.new_line_ratio is not None:
+            # A chunk is a word at least: few texts need their words counted.
+            long = judge.open & (newlines > self.new_line_ratio * docs.tally(docs.chunks.docs))
+            total = np.ones(len(docs), np.int64)
+            if long.any():
+                total[long] = split_words(docs.select(long)).counts
+            judge.above("list_ratio", newlines, total, self.new_line_ratio, long)
+
+
+class _Judge:
+    """The texts of a piece, what is left of them, and which rule was the first to fire for each."""
+
+    def __init__(self, docs: Docs) -> None:
+        self.docs = docs
+        self._rows = np.arange(len(docs))
+        self._fired = np.full(len(docs), -1)
+        self._names: list[str] = []
+        self._words: Words | None = None
+
+    @property
+    def open(self) -> np.ndarray:
+        """Which of `docs` passed every rule so far."""
+        return self._fired[self._rows] < 0
+
+    @property
+    def words(self) -> Words:
+        if self._words is None:
+            self._words = split_words(self.docs)
+        return self._words
+
+    def fail(self, rule: str, which: np.ndarray) -> None:
+        self._fired[self._rows[which & self.open]] = len(self._names)
+        self._names.append(rule)
+
+    def above(
+        self, rule: str, part: np.ndarray, whole: np.ndarray | int, limit: float | None, among: np.ndarray | bool = True
+    ) -> None:
+        if limit is not None:
+            self.fail(rule, (part / np.maximum(whole, 1) > limit) & among)
+
+    def below(
+        self, rule: str, part: np.ndarray, whole: np.ndarray | int, limit: float | None, among: np.ndarray | bool = True
+    ) -> None:
+        if limit is not None:
+            self.fail(rule, (part / np.maximum(whole, 1) < limit) & among)
+
+    def keep(self, spans: Spans, gone: str, removed: Spans | None = None) -> None:
+        """Go on with these spans of the open texts. A text that has none left fails as `gone`."""
+        self.fail(gone, self.docs.tally(spans.docs) == 0)
+        spans = spans[self.open[spans.docs]]
+        docs = self.docs
+        if (
+            removed is None
+            and (spans.lengths + 1).sum() == len(docs.chars)
+            and (docs.chars[spans.ends] == NEWLINE).all()
+        ):
+            return
+        self._rows = self._rows[self.open]
+        self.docs, self._words = docs.keep(spans, removed), None
+
+    def verdicts(self) -> pa.Array:
+        """Name of the first rule that fired for every text, null where none did."""
+        names = pa.array(self._names, pa.string())
+        return pa.DictionaryArray.from_arrays(pa.array(self._fired, mask=self._fired < 0), names).cast(pa.string())
+
+
+def _pieces(texts: pa.Array) -> Iterator[pa.Array]:
+    """The texts in slices of about `PIECE_BYTES`, or of one text that is larger."""
+    sizes = pc.binary_length(texts).to_numpy(zero_copy_only=False).astype(np.int64)
+    group, rows = (np.cumsum(sizes) - sizes) // PIECE_BYTES, np.arange(len(texts)) // (MAX_DOCS - 1)
+    starts = [0, *(np.flatnonzero((np.diff(group) > 0) | (np.diff(rows) > 0)) + 1).tolist(), len(texts)]
+    for start, stop in pairwise(starts):
+        yield texts.slice(start, stop - start)
+
+
+def _runs(docs: Docs, character: str) -> Spans:
+    """Maximal runs of one character."""
+    at = np.flatnonzero(docs.chars == ord(character))
+    first = np.diff(at, prepend=-2) > 1
+    starts, ends = at[first], at[np.append(first[1:], True)[: len(at)]] + 1
+    return Spans(starts, ends, np.searchsorted(docs.ends, starts))
+
+
+def _citations(docs: Docs) -> Spans:
+    """Marks like [12], [], [edit] and [citation needed]."""
+    opening, closing = (np.flatnonzero(docs.chars == ord(bracket)) for bracket in "[]")
+    which = np.searchsorted(closing, opening)
+    opening, which = opening[which < len(closing)], which[which < len(closing)]
+    inside = Spans(opening + 1, closing[which], which)
+    cited = inside.count(docs.having(kinds.DECIMAL)) == inside.lengths
+    found, _ = lookup(_CITATIONS).find(docs.digests(inside.starts, inside.ends))
+    cited[found] = True
+    return Spans(opening, closing[which] + 1, which)[cited]

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 
 from pipeline.errors import ConfigError, CorpusError
 from pipeline.recipe import Column, State, Transform, fingerprint
-from pipeline.sample import LENGTH, Sample, needs_fit, texts
+from pipeline.sample import LENGTH, Sample, draw, needs_fit, texts
 from pipeline.scores._proxy import bigram_loss, compare, label_loss
 from pipeline.scores.base import Score
 from pipeline.words import hashed_words
@@ -83,7 +83,7 @@ class Prototypes(Score):
         return Column(self.column_name, (DISTANCE,), FIELDS, partial(_open, keep, limit), identity)
 
     def _limit(self, run: Run) -> float | None:
-        """The distance beyond which rows are outliers: the upper edge of the bin, 3e-5 wide, that holds the quantile."""
+        """The distance beyond which rows are outliers: upper edge of the bin (3e-5 wide) that holds the quantile."""
         if self.max_distance_quantile is None:
             return None
         name = f"{self.column_name}-limit"
@@ -115,7 +115,7 @@ class Prototypes(Score):
         name = f"{self.column_name}-choice"
         sample = Sample(trial.values, self.sample, run.rows, trial.seed, max_bytes=4 * MAX_CHARS)
         identity = fingerprint("choice", self.version, asdict(trial), self.sample, run.identity(*sample.inputs))
-        state = run.aggregate(sample) if needs_fit(run, name, identity) else {}
+        state = draw(run, sample) if needs_fit(run, name, identity) else {}
         artifact = run.artifact(name, identity, partial(_choose, trial, state))
         return str(json.loads((artifact.local() / CHOICE).read_text())["keep"])
 

@@ -7,9 +7,12 @@ that fastText's own batched predict puts at 0.5 or more. On another corpus take 
 
 What it trades away:
 - Training runs on one thread, because fastText is reproducible on one thread only: the same seeds, the same bytes.
+  Measured: 1.0 M words an epoch and second at dim 100, 4 M at dim 16.
 - A model holds (bucket + words) * dim * 4 bytes in every actor: 0.8 GB with DCLM's bucket and dim. For seed sets of a
   few thousand documents `dim: 16, bucket: 50_000` ranks as well, with 3 MB and 64 bytes a word.
 - fastText splits at ASCII white space: in scripts without spaces a document is one word. Segment such text first.
+
+Measured: 0.94 to 1.00 of the rows/s of fastText's own batched predict on the same core (bench/quality.py).
 
 Source: Li et al. 2024, "DataComp-LM", arXiv 2406.11794, `mlfoundations/dclm`; Joulin et al. 2016, arXiv 1607.01759.
 """

@@ -2,7 +2,7 @@
 
 The score is a hash of the seed and of the row's key, so the draw is the same on any machine, for any number of workers,
 and stays put when shards are added. Two seeds are two independent draws. Rows with the same key draw the same number.
-Stratified by concept it is `select.quota: proportional` over this score.
+Stratified by concept it is `select: {quotas: proportional}` over this score.
 
 `weight: tokens` draws rows without replacement, each time in proportion to their tokens: the largest u ** (1 / tokens)
 first (Efraimidis and Spirakis 2006).

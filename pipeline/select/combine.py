@@ -7,7 +7,7 @@ the top rows a sample without replacement with weights exp(combined / temperatur
 
 Trade: percentiles come from a histogram of 65,536 bins a score (the top 16 bits of the float), interpolated between
 the least and greatest score of a bin. They are exact where a bin holds one value, else off by less than the bin's
-share of the rows: 0.3 % at worst on a million standard normals, in which a bin spans 1/128 of an octave.
+share of the rows: by 0.007 % at worst on a million standard normals, 0.011 % on a million uniform scores.
 """
 
 from __future__ import annotations
@@ -157,8 +157,10 @@ def combined(
     table = None
     if len(scores) > 1:
         statistic = Moments(scores, present) if rule == "zscore" else Percentiles(scores, present)
-        identity = fingerprint(type(statistic).__name__, 1, run.identity(*statistic.inputs))
-        state = run.aggregate(statistic) if needs_fit(run, NAME, identity) else {}
+        state, identity = {}, fingerprint(type(statistic).__name__, 1, run.identity(*statistic.inputs))
+        if needs_fit(run, NAME, identity):
+            state = run.aggregate(statistic)
+            identity = fingerprint(type(statistic).__name__, 1, run.identity(*statistic.inputs))  # shards may be lost
         table = run.artifact(NAME, identity, partial(_write, state), resources=None)
     combination = Combination(rule, scores, tuple(weights.values()), temperature, seed, table)
     drawn = seed if temperature else 0

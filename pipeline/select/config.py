@@ -100,9 +100,7 @@ class Quotas(_Model):
     @model_validator(mode="after")
     def _only_density(self) -> Self:
         if self.rule != "density" and (given := self.model_fields_set & {"tau", "relative"}):
-            raise ValueError(
-                f"{' and '.join(sorted(given))} belong to `rule: density`, not to {self.rule!r}: remove them"
-            )
+            raise ValueError(f"only `rule: density` has {' and '.join(sorted(given))}: remove it from {self.rule!r}")
         return self
 
     @classmethod

@@ -107,19 +107,13 @@ def select(run: Run, config: Select, scores: Sequence[Score], concepts: pa.Table
     )
     floors = tuple(Floor(n, f"{n}.score", v, _rule_of(run, n)) for n, v in config.floors.items())
     table = None if concepts is None else _in_order(concepts)
-    identity = fingerprint(
-        "threshold",
-        VERSION,
-        config.model_dump(mode="json"),
-        shares.model_dump(mode="json"),
-        seed,
-        run.identity(*present, *ranking.scores, "row.key", *([ranking.unit] if ranking.unit else [])),
-        [f.rule for f in floors],
-        "" if table is None or not shares.grouped else _digest(table),
-    )
-    found = None
+    asked = fingerprint(VERSION, config.model_dump(mode="json"), shares.model_dump(mode="json"), seed)
+    complexity = _digest(table) if table is not None and shares.grouped else ""
+    read = (*present, *ranking.scores, "row.key", *([ranking.unit] if ranking.unit else []))
+    found, identity = None, fingerprint("threshold", asked, complexity, run.identity(*read))
     if needs_fit(run, "threshold", identity):
         found = _find(run, config, shares, ranking, floors, table)
+        identity = fingerprint("threshold", asked, complexity, run.identity(*read))  # shards may have been given up
     threshold = run.artifact("threshold", identity, partial(_write_found, found), resources=None)
 
     about = json.loads((threshold.local() / "threshold.json").read_text())
@@ -135,7 +129,8 @@ def select(run: Run, config: Select, scores: Sequence[Score], concepts: pa.Table
             return select(run, config, scores, concepts)  # a shard was given up meanwhile: its rows are not kept
         if int(state["kept"][0]) != about["rows"]:
             raise TamisError(
-                f"{about['rows']} rows were to be kept, {int(state['kept'][0])} were: a column has changed"
+                f"{about['rows']:,} rows were to be kept, {int(state['kept'][0]):,} were: a score column has a field "
+                "that is null where its score is not, or was written anew meanwhile"
             )
     build = partial(_write_selection, state, about, run.rows, run.tokens_named, ranking.scores, table, threshold)
     artifact = run.artifact("selection", identity, build, resources=None)

@@ -78,8 +78,11 @@ def subset(
         return quotas.allocate(there / max(there.sum(), 1), available, amount, quotas.floors(available, amount, 0, 1))
 
     references = (*ranking.where, *ranking.where_not, "row.key", *(r for r in (ranking.unit, ranking.group) if r))
-    identity = fingerprint("subset", 1, name, unit, total, seed, concepts, run.identity(*references))
-    cut = exact(run, ranking, allot) if needs_fit(run, f"subset-{name}", identity) else None
+    asked = fingerprint("subset", 1, name, unit, total, seed, concepts)
+    cut, identity = None, fingerprint(asked, run.identity(*references))
+    if needs_fit(run, f"subset-{name}", identity):
+        cut = exact(run, ranking, allot)
+        identity = fingerprint(asked, run.identity(*references))  # shards may have been given up
     artifact = run.artifact(f"subset-{name}", identity, partial(_write, cut), resources=None)
     lines = load_lines(artifact.local() / LINES)
     inputs = tuple(dict.fromkeys([*ranking.where, *ranking.where_not, *(r for line in lines for r in line.inputs)]))

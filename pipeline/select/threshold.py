@@ -10,7 +10,7 @@ Guarantees: the rows kept are a prefix of the ranking, their weight never exceed
 exceed it. The result depends on neither the order of shards nor how rows fall into them. Integers throughout: no
 weight is rounded. Groups (concepts) each have a budget of their own and are searched in the same passes.
 
-Costs: at most 2**22 bins of 24 bytes whatever the corpus, and 65,536 for one group; once no more than 2**20 rows are
+Costs: at most 2**22 bins of 24 bytes whatever the corpus, and 65,536 for one group; once no more than 2**16 rows are
 in question their whole digits are listed, which ends the search. About 5 ns a row and pass, 40 with groups.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 BINS = 2**22
 """Bins that a pass with groups may fill: 100 MB on the driver when all of them occur."""
 
-LISTED = 2**20
+LISTED = 2**16
 """Rows still in question that are listed one by one instead of counted by digit."""
 
 

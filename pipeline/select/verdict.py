@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from pipeline.recipe import Column, State, Transform
 from pipeline.select.ranking import Line, load_lines, numpy_of
@@ -45,6 +44,9 @@ class Floor:
     value: float
     rule: str = ""
 
+    def reached(self, batch: pa.RecordBatch) -> np.ndarray:
+        return np.asarray(numpy_of(batch, self.score) >= np.float32(self.value))
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -66,45 +68,39 @@ class Verdict:
 
     def keeps(self, batch: pa.RecordBatch) -> np.ndarray:
         """Whether each row is kept; bool (n,)."""
-        above_one = np.logical_or.reduce([line.keeps(batch) for line in self.lines])
-        return np.asarray(above_one & (self._failed(batch) < 0))
+        keep: np.ndarray = np.logical_or.reduce([line.keeps(batch) for line in self.lines])
+        for floor in self.floors:
+            keep &= floor.reached(batch)
+        return keep
 
     def decide(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        """The column's values, from a batch of `inputs`."""
         compared = [line.compare(batch) for line in self.lines]
-        above = np.logical_or.reduce([a for a, _ in compared])
-        failed = self._failed(batch)
-        keep = self.keeps(batch) if any(line.ranking.caps is not None for line in self.lines) else above & (failed < 0)
+        above, tied = (np.logical_or.reduce(flags) for flags in zip(*compared, strict=True))
+        keep = self.keeps(batch) if self.floors or len(self.lines) > 1 else above
         code = np.full(batch.num_rows, BELOW, np.int32)
         if self.elsewhere is not None:
             code[numpy_of(batch, self.score) >= np.float32(self.elsewhere)] = QUOTA
+        code[tied] = TIE
         code[above] = LARGE
-        code[np.logical_or.reduce([t for _, t in compared]) & ~above] = TIE
         code[keep] = KEPT
-        names = [*REASONS, *(f"floor:{f.name}" for f in self.floors)]
-        code = np.where(failed >= 0, failed + len(REASONS), code).astype(np.int32)
-        for number, floor in enumerate(self.floors):
-            rows = np.flatnonzero(failed == number)
-            if floor.rule and len(rows):
-                fired = (
-                    pc.fill_null(batch.column(floor.rule).cast(pa.string()), "")
-                    .take(pa.array(rows))
-                    .dictionary_encode()
-                )
-                rule = np.array([names.index(f"floor:{floor.name}")] * len(fired.dictionary), np.int32)
-                for i, text in enumerate(fired.dictionary.to_pylist()):
-                    if text:
-                        rule[i] = len(names)
-                        names.append(f"{floor.name}:{text}")
-                code[rows] = rule[fired.indices.to_numpy()]
+        names = list(REASONS)
+        for floor in reversed(self.floors):  # the first floor has the last word
+            self._explain(floor, batch, code, names)
         reason = pa.DictionaryArray.from_arrays(pa.array(code), pa.array(names))
         return pa.RecordBatch.from_arrays([pa.array(keep), reason], schema=FIELDS)
 
-    def _failed(self, batch: pa.RecordBatch) -> np.ndarray:
-        """Number of the first floor that a row does not reach, -1 where it reaches all; int8 (n,)."""
-        failed = np.full(batch.num_rows, -1, np.int32)
-        for number, floor in reversed(list(enumerate(self.floors))):
-            failed[numpy_of(batch, floor.score) < np.float32(floor.value)] = number
-        return failed
+    def _explain(self, floor: Floor, batch: pa.RecordBatch, code: np.ndarray, names: list[str]) -> None:
+        """Enter the reasons of the rows below a floor: codes into `code`, what they mean into `names`."""
+        rows = np.flatnonzero(~floor.reached(batch))
+        code[rows] = len(names)
+        names.append(f"floor:{floor.name}")
+        if floor.rule and len(rows):
+            fired = batch.column(floor.rule).cast(pa.string()).take(pa.array(rows)).dictionary_encode()
+            rules = fired.dictionary.to_pylist()
+            meaning = np.array([len(names) - 1 if not r else len(names) + i for i, r in enumerate(rules)], np.int32)
+            code[rows] = meaning[fired.indices.to_numpy()]
+            names += [f"{floor.name}:{r}" for r in rules]
 
 
 def verdict_column(verdict: Verdict, lines: Artifact) -> Column:
@@ -143,8 +139,8 @@ AMOUNTS = ("rows", "tokens", "bytes")
 class Realised:
     """Statistic over the column `select`: what was kept, and why the rest was not.
 
-    State: `reason` (text) with `count`; `kept` and `there`, int64 (3,), rows, tokens and bytes kept and in all;
-    `shard` with `of_shard` (shards, 3); `of_concept` (concepts, 3), both kept; `lowest` kept value of the first score.
+    State: `reason` (text) with `count`; rows, tokens and bytes that were kept in all (`kept`, int64 (3,)), of every
+    `shard` (`of_shard`, (shards, 3)) and concept (`of_concept`, (concepts, 3)); `lowest` kept value of the first score.
     """
 
     score: str
@@ -157,22 +153,20 @@ class Realised:
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
         keep = numpy_of(batch, "select.keep")
-        amounts = np.stack(
-            [np.ones(batch.num_rows, np.int64), *(numpy_of(batch, f"row.{a}") for a in AMOUNTS[1:])], axis=1
-        )
+        sizes = [numpy_of(batch, f"row.{unit}")[keep] for unit in AMOUNTS[1:]]
+        amounts = np.stack([np.ones(len(sizes[0]), np.int64), *sizes], axis=1)
         reason = batch.column("select.reason")
         new = {
             "reason": np.array(reason.dictionary.to_pylist(), dtype=np.str_),
             "count": np.bincount(reason.indices.to_numpy(), minlength=len(reason.dictionary)),
-            "kept": amounts[keep].sum(axis=0),
-            "there": amounts.sum(axis=0),
+            "kept": amounts.sum(axis=0),
             "shard": numpy_of(batch, "address.shard")[:1].astype(np.int64),
-            "of_shard": amounts[keep].sum(axis=0)[None],
-            "lowest": np.array([numpy_of(batch, self.score)[keep].min(initial=np.float32(np.inf))], np.float32),
+            "of_shard": amounts.sum(axis=0)[None],
             "of_concept": np.zeros((self.concepts, len(AMOUNTS)), np.int64),
+            "lowest": np.array([numpy_of(batch, self.score)[keep].min(initial=np.float32(np.inf))], np.float32),
         }
         if self.concepts:
-            np.add.at(new["of_concept"], numpy_of(batch, "concept.concept")[keep], amounts[keep])
+            np.add.at(new["of_concept"], numpy_of(batch, "concept.concept")[keep], amounts)
         return self.merge([state, new] if state else [new])
 
     def merge(self, states: Sequence[State]) -> State:
@@ -181,6 +175,6 @@ class Realised:
         count, of_shard = np.zeros(len(reason), np.int64), np.zeros((len(shard), len(AMOUNTS)), np.int64)
         np.add.at(count, at, np.concatenate([s["count"] for s in states]))
         np.add.at(of_shard, of, np.concatenate([s["of_shard"] for s in states]))
-        summed = {name: np.sum([s[name] for s in states], axis=0) for name in ("kept", "there", "of_concept")}
+        summed = {name: np.sum([s[name] for s in states], axis=0) for name in ("kept", "of_concept")}
         lowest = np.min([s["lowest"] for s in states], axis=0)
         return {"reason": reason, "count": count, "shard": shard, "of_shard": of_shard, "lowest": lowest, **summed}

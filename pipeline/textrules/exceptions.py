@@ -8,10 +8,14 @@ from __future__ import annotations
 from itertools import product
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 def _contractions() -> dict[str, tuple[int, ...]]:
     """Where the parts of a contraction begin; also without its apostrophe ("dont") or with a curly one."""
-    pronouns, questions = "i you he she it we they".split(), "who what when where why how there".split()
-    verbs = "ca could do does did had may might must need ought sha should wo would".split()
+    pronouns, questions = _words("i you he she it we they"), _words("who what when where why how there")
+    verbs = _words("ca could do does did had may might must need ought sha should wo would")
     will = (["'ll"], ["'ll", "'ve"], ["'d"], ["'d", "'ve"])
     parts: list[list[str]] = [["i", "'m"], ["i", "'m", "a"]]
     parts += [[word, *tail] for word in [*pronouns, *questions, "that", "this", "these", "those"] for tail in will]
@@ -19,18 +23,19 @@ def _contractions() -> dict[str, tuple[int, ...]]:
     parts += [[word, "'re"] for word in ["you", "we", "they", *questions, "these", "those"]]
     parts += [[word, "'s"] for word in ["he", "she", "it", *questions, "that", "this"]]
     parts += [[verb, "n't", *tail] for verb in verbs for tail in ([], ["'ve"])]
-    parts += [[verb, "n't"] for verb in "ai are is was were have has dare".split()]
-    parts += [[verb, "'ve"] for verb in "could might must should would".split()]
+    parts += [[verb, "n't"] for verb in _words("ai are is was were have has dare")]
+    parts += [[verb, "'ve"] for verb in _words("could might must should would")]
 
     cuts: dict[str, tuple[int, ...]] = {}
     for words, apostrophe, title in product(parts, ("'", "", "’"), (False, True)):
         head, *tail = words
         spelled = [word.replace("'", apostrophe) for word in (head.title() if title else head, *tail)]
         cuts["".join(spelled)] = tuple(len("".join(spelled[:count])) for count in range(1, len(spelled)))
-    for word in "ill its hell shell shed were well whore".split():
+    for word in _words("ill its hell shell shed were well whore"):
         cuts.pop(word, None)
         cuts.pop(word.title(), None)
-    for text in "can|not gon|na got|ta Can|not Gon|na Got|ta y'|all y|all c'm|on C'm|on how|'d|'y How|'d|'y let|'s Let|'s".split():
+    rest = "can|not Can|not gon|na Gon|na got|ta Got|ta y'|all y|all c'm|on C'm|on how|'d|'y How|'d|'y let|'s Let|'s"
+    for text in _words(rest):
         for spelling in (text, text.replace("'", "’")):
             pieces = spelling.split("|")
             cuts["".join(pieces)] = tuple(len("".join(pieces[:count])) for count in range(1, len(pieces)))
@@ -72,9 +77,10 @@ JOINED = _joined()
 LONGEST_JOIN = 5
 """Words that the general rules make of the longest of them."""
 
-UNITS = (
+_UNITS = (
     "km km² km³ m m² m³ dm dm² dm³ cm cm² cm³ mm mm² mm³ ha µm nm yd in ft kg g mg µg t lb oz m/s km/h kmh mph hPa Pa "
     "mbar mb MB kb KB gb GB tb TB T G M K км км² км³ м м² м³ дм дм² дм³ см см² см³ мм мм² мм³ нм кг г мг м/с км/ч кПа "
     "Па мбар Кб КБ кб Мб МБ мб Гб ГБ гб Тб ТБ كم كم² كم³ م م² م³ سم سم² سم³ مم مم² مم³ غرام جرام جم كغ ملغ كوب اكواب"
-).split()
+)
+UNITS = tuple(_words(_UNITS))
 """Units of measure: a word of their own behind a digit."""

@@ -1,4 +1,4 @@
-"""How much of a text repeats itself: lines, and n-grams of words, by the measures of Gopher (Rae et al. 2021, table A1).
+"""How much of a text repeats itself, lines and n-grams of words, as Gopher measures it (Rae et al. 2021, table A1).
 
 Sorting 64-bit keys of (text, digest) brings repeats together. Most texts are far below every limit: an upper bound
 from two sorts acquits them, and only the suspects are measured exactly.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,13 +36,13 @@ def top_grams(
     """
     if not limits:
         return
-    most = _most_frequent(_grams(words, min(limits)), len(docs))  # bounds the count of any longer n-gram
+    size = np.maximum(docs.lengths, 1)
+    most = _most_frequent(words, min(limits))  # bounds the count of any longer n-gram
     for n, limit in limits.items():
-        allowed = limit * docs.lengths
-        suspects = among & (most * (_longest(words, n) + n - 1) > allowed)
+        suspects = among & (most * (_longest(words, n) + n - 1) / size > limit)
         over = np.zeros(len(docs), bool)
         if suspects.any():
-            over = _top_chars(_grams(_words_of(words, suspects), n), len(docs)) > allowed
+            over = _top_chars(_grams(_words_of(words, suspects), n), len(docs)) / size > limit
         among = among & ~over
         yield n, over
 
@@ -57,12 +58,13 @@ def duplicate_grams(
         return
     shortest, loosest = min(limits), min(limits.values())
     # A repeated n-gram is made of repeated shorter ones, so what those cover bounds every n.
-    covered = _repeats(_grams(words, shortest), len(docs)) * _longest(words, shortest)
-    suspects = among & (covered > loosest * docs.lengths)
+    covered = _repeats(words, shortest) * _longest(words, shortest)
+    size = np.maximum(docs.lengths, 1)
+    suspects = among & (covered / size > loosest)
     for n, limit in limits.items():
         over = np.zeros(len(docs), bool)
         if suspects.any():
-            over[_repeat_more(_grams(_words_of(words, suspects), n), limit * docs.lengths)] = True
+            over[_repeat_more(_grams(_words_of(words, suspects), n), size, limit)] = True
         suspects &= ~over
         yield n, over
 
@@ -83,17 +85,24 @@ class _Grams:
     @property
     def chars(self) -> np.ndarray:
         """Characters of the words of each n-gram."""
-        return self.sizes[self.at + self.n] - self.sizes[self.at]
+        chars: np.ndarray = self.sizes[self.at + self.n] - self.sizes[self.at]
+        return chars
 
 
-def _grams(words: Words, n: int) -> _Grams:
+def _keys(words: Words, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """A key for each n-gram, and which word it begins with (a mask)."""
     count = max(len(words) - n + 1, 0)
     keys = np.zeros(count, np.uint64)
     for place in range(n):
         keys += words.digests[place : place + count] * np.uint64(pow(_STEP, place + 1, 2**64))
-    docs = words.docs[:count]
-    at = np.flatnonzero(docs == words.docs[n - 1 : n - 1 + count])
-    return _Grams(n, at, docs[at], groups(docs[at], mix(keys[at])), np.append(0, np.cumsum(words.lengths)))
+    begins = words.docs[:count] == words.docs[n - 1 : n - 1 + count]
+    return groups(words.docs[:count][begins], mix(keys[begins])), begins
+
+
+def _grams(words: Words, n: int) -> _Grams:
+    keys, begins = _keys(words, n)
+    at = np.flatnonzero(begins)
+    return _Grams(n, at, words.docs[at], keys, np.append(0, np.cumsum(words.lengths)))
 
 
 def _words_of(words: Words, docs: np.ndarray) -> Words:
@@ -125,45 +134,53 @@ def _runs(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return starts, np.diff(starts, append=len(keys))
 
 
-def _most_frequent(grams: _Grams, docs: int) -> np.ndarray:
+def _most_frequent(words: Words, n: int) -> np.ndarray:
     """How often the most frequent n-gram of every text occurs; shape (texts,)."""
-    keys = np.sort(grams.keys)
+    keys, _ = _keys(words, n)
+    keys.sort()
     starts, lengths = _runs(keys)
-    most = np.zeros(docs, np.int64)
-    most[grams.docs] = 1
     many = lengths > 1
-    np.maximum.at(most, (keys[starts[many]] >> np.uint64(48)).astype(np.int64), lengths[many])
+    most = (words.counts >= n).astype(np.int64)
+    np.maximum.at(most, _docs_of(keys[starts[many]]), lengths[many])
     return most
 
 
-def _repeats(grams: _Grams, docs: int) -> np.ndarray:
+def _repeats(words: Words, n: int) -> np.ndarray:
     """How many n-grams of every text occur before in it; shape (texts,)."""
-    keys = np.sort(grams.keys)
-    again = keys[1:][keys[1:] == keys[:-1]]
-    return np.bincount((again >> np.uint64(48)).astype(np.int64), minlength=docs)
+    keys, _ = _keys(words, n)
+    keys.sort()
+    return np.bincount(_docs_of(keys[1:][keys[1:] == keys[:-1]]), minlength=len(words.first) - 1)
+
+
+def _docs_of(keys: np.ndarray) -> np.ndarray:
+    return (keys >> np.uint64(48)).astype(np.int64)
 
 
 def _top_chars(grams: _Grams, docs: int) -> np.ndarray:
     """Characters that the most frequent n-gram takes in every text, spaces between its words included."""
-    order = np.argsort(grams.keys, kind="stable")
+    order = np.argsort(grams.keys)
     starts, counts = _runs(grams.keys[order])
-    first, owner = order[starts], grams.docs[order[starts]]
+    first = np.minimum.reduceat(order, starts)
+    owner = grams.docs[first]
     most = np.zeros(docs, np.int64)
     np.maximum.at(most, owner, counts)
     winners = counts == most[owner]
     chosen = np.full(docs, len(order))
     np.minimum.at(chosen, owner[winners], first[winners])
-    return most * np.append(grams.chars + grams.n - 1, 0)[chosen]
+    chars: np.ndarray = most * np.append(grams.chars + grams.n - 1, 0)[chosen]
+    return chars
 
 
-def _repeat_more(grams: _Grams, allowed: np.ndarray) -> list[int]:
-    """Texts whose repeated n-grams have more characters than allowed."""
-    order = np.argsort(grams.keys, kind="stable")
+def _repeat_more(grams: _Grams, sizes: np.ndarray, limit: float) -> list[int]:
+    """Texts whose repeated n-grams have more than a share of their characters; `sizes`: those, shape (texts,)."""
+    if not len(grams.at):
+        return []
+    order = np.argsort(grams.keys)
     starts, counts = _runs(grams.keys[order])
     gram = np.empty(len(order), np.int64)
     gram[order] = np.repeat(np.arange(len(starts)), counts)
     again = np.ones(len(order), bool)
-    again[order[starts]] = False
+    again[np.minimum.reduceat(order, starts)] = False
 
     # What repeats cover, overlaps counted once, is at least what is taken without overlap.
     edges = np.zeros(len(grams.sizes), np.int32)
@@ -174,25 +191,25 @@ def _repeat_more(grams: _Grams, allowed: np.ndarray) -> list[int]:
     words_docs[grams.at] = grams.docs
     for offset in range(1, grams.n):
         words_docs[grams.at + offset] = grams.docs
-    covered = np.bincount(words_docs[inside], np.diff(grams.sizes)[inside], minlength=len(allowed))
+    covered = np.bincount(words_docs[inside], np.diff(grams.sizes)[inside], minlength=len(sizes))
 
     # What is left is sequential by definition: a repeat hides the n-grams that it overlaps. Those that occur once
     # hide nothing and are passed over.
-    often = (counts > 1)[gram] & (covered > allowed)[grams.docs]
+    often = (counts > 1)[gram] & (covered / sizes > limit)[grams.docs]
     owner, chars = grams.docs[often], grams.chars[often]
     bounds = np.append(np.flatnonzero(np.diff(owner, prepend=-1)), len(owner)).tolist()
-    at, ids, sizes = grams.at[often].tolist(), gram[often].tolist(), chars.tolist()
+    at, ids, lengths = grams.at[often].tolist(), gram[often].tolist(), chars.tolist()
     over = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         seen: set[int] = set()
         free, taken = 0, 0
-        for word, name, size in zip(at[start:stop], ids[start:stop], sizes[start:stop], strict=True):
+        for word, name, size in zip(at[start:stop], ids[start:stop], lengths[start:stop], strict=True):
             if word < free:
                 continue
             if name in seen:
                 taken += size
                 free = word + grams.n
             seen.add(name)
-        if taken > allowed[owner[start]]:
+        if taken / sizes[owner[start]] > limit:
             over.append(int(owner[start]))
     return over

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -26,10 +27,11 @@ from pipeline.textrules.chars import ALPHA, BEFORE_STOP, DIGIT, LOWER, QUOTE, SP
 from pipeline.textrules.docs import Docs, Spans
 from pipeline.textrules.exceptions import CONTRACTIONS, JOINED, LONGEST_JOIN, UNITS
 
-# Not cut further. Asks for less than spaCy's pattern, which also tells private from public networks.
+# Not cut further. spaCy's pattern without its exclusion of private networks and without upper bounds on lengths, which
+# make RE2 spend 60 ms on compiling it.
 _ADDRESS = (
     r"^(?:[\pL\pN_+.-]{2,}://)?(?:\S+@)?(?:[1-9]\d{0,2}(?:\.\d{1,3}){3}|"
-    r"(?:[A-Za-z0-9\x{a1}-\x{ffff}][A-Za-z0-9\x{a1}-\x{ffff}_-]{0,63}\.)+[\p{Ll}\p{Lo}]{2,63})(?::\d{2,5})?(?:[/?#]\S*)?$"
+    r"(?:[A-Za-z0-9\x{a1}-\x{ffff}][A-Za-z0-9\x{a1}-\x{ffff}_-]*\.)+[\p{Ll}\p{Lo}]{2,})(?::\d{2,5})?(?:[/?#]\S*)?$"
 )
 _MULTIPLES_OF_HYPHENS = ("--", "---", "——")
 
@@ -51,15 +53,16 @@ class Words(Spans):
 
 def split_words(docs: Docs) -> Words:
     """Cut every text into words (see the module)."""
-    starts, ends = _join(docs, *_cut(docs))
-    starts, ends, digests = _cut_contractions(docs, starts, ends)
+    starts, ends, low, high = _cut(docs)
+    starts, ends = _join(docs, starts, ends)
+    starts, ends, digests = _cut_contractions(docs, starts, ends, low, high)
     first = np.append(np.searchsorted(starts, docs.starts), len(starts))
-    owner = np.repeat(np.arange(len(docs)), np.diff(first))
+    owner = np.repeat(np.arange(len(docs), dtype=np.uint16), np.diff(first))
     bits = np.bitwise_or.reduceat(docs.flags, starts) if len(starts) else np.empty(0, np.uint32)
     return Words(starts, ends, owner, digests, bits, first)
 
 
-def count_sentences(docs: Docs, words: Words, lines: Spans) -> np.ndarray:
+def count_sentences(words: Words, lines: Spans) -> np.ndarray:
     """Sentences of every line, at least 1. One begins at a word behind a full stop and any quotes or brackets."""
     stop = (words.lengths == 1) & ((words.kinds & kinds.SENTENCE_END) != 0)
     telling = np.flatnonzero(stop | ((words.kinds & kinds.NOT_PUNCTUATION) != 0))
@@ -93,8 +96,8 @@ def lookup(texts: tuple[str, ...]) -> _Lookup:
     return _Lookup(texts)
 
 
-def _cut(docs: Docs) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and ends of the words by the general rules."""
+def _cut(docs: Docs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Starts and ends of the words by the general rules, and of what every chunk is without its affixes."""
     # Index -1 is the newline behind the last text: white space, which is what stands before the first.
     chars, flags, chunks = docs.chars, docs.flags, docs.chunks
     dots = np.flatnonzero(chars == ord("."))
@@ -102,11 +105,12 @@ def _cut(docs: Docs) -> tuple[np.ndarray, np.ndarray]:
     prefix, suffix = (flags & kinds.PREFIX) != 0, (flags & kinds.SUFFIX) != 0
     before, before_that = flags[dots - 1], flags[dots - 2]
     suffix[dots] = ((before & BEFORE_STOP) != 0) | ((before & before_that & UPPER) != 0)
+    suffix[dots] |= (chars[dots - 2] == ord("°")) & np.isin(chars[dots - 1], _ord("cfkCFK"))
     for dot in (doubled, doubled + 1):
         prefix[dot] = suffix[dot] = True
     pluses = np.flatnonzero(chars == ord("+"))
     prefix[pluses] = (flags[pluses + 1] & DIGIT) == 0
-    measures = np.flatnonzero(flags & kinds.AFTER_DIGIT)
+    measures = docs.having(kinds.AFTER_DIGIT)
     suffix[measures] |= (flags[measures - 1] & DIGIT) != 0
 
     low, high = chunks.starts.copy(), chunks.ends.copy()  # what is left of every chunk
@@ -114,12 +118,13 @@ def _cut(docs: Docs) -> tuple[np.ndarray, np.ndarray]:
     which = np.flatnonzero(prefix[low])
     low[which] = _run_ends(prefix, low[which])
     _mark(affix, chunks.starts[which], low[which])
+    inner = _peel_dollars(docs, affix, prefix, low)
     _peel(affix, suffix, low, high, np.flatnonzero(suffix[high - 1] & (low < high)))
     possessive = _peel_possessive(docs, affix, suffix, low, high)
     units = _peel_units(docs, low, high)
 
     cut = affix.copy()
-    cut[possessive + 1] = False
+    cut[possessive + 1] = cut[inner] = False
     cut[units] = True
     cut[low[low < high]] = True
     _cut_inside(docs, cut, affix, dots, low, high)
@@ -129,7 +134,11 @@ def _cut(docs: Docs) -> tuple[np.ndarray, np.ndarray]:
 
     last = (flags & SPACE) == 0
     last[:-1] &= cut[1:] | ~last[1:]
-    return np.flatnonzero(cut), np.flatnonzero(last) + 1
+    return np.flatnonzero(cut), np.flatnonzero(last) + 1, low, high
+
+
+def _ord(characters: str) -> list[int]:
+    return list(map(ord, characters))
 
 
 def _run_ends(mask: np.ndarray, at: np.ndarray) -> np.ndarray:
@@ -158,16 +167,29 @@ def _peel(affix: np.ndarray, suffix: np.ndarray, low: np.ndarray, high: np.ndarr
     _mark(affix, high[which], ends)
 
 
+def _peel_dollars(docs: Docs, affix: np.ndarray, prefix: np.ndarray, low: np.ndarray) -> np.ndarray:
+    """Take US$, A$ and C$ off the fronts, and the prefixes behind them. Returns their characters but the first."""
+    chars = docs.chars
+    signs = np.flatnonzero(chars == ord("$"))
+    which = np.searchsorted(docs.chunks.starts, signs, "right") - 1
+    size = signs - low[which]
+    named = (size == 1) & np.isin(chars[signs - 1], _ord("AC"))
+    named |= (size == 2) & (chars[signs - 2] == ord("U")) & (chars[signs - 1] == ord("S"))
+    signs, which, size = signs[named], which[named], size[named]
+    before = low[which]
+    low[which] = _run_ends(prefix, signs)
+    _mark(affix, before, low[which])
+    return np.concatenate([signs, signs[size == 2] - 1])
+
+
 def _peel_possessive(
     docs: Docs, affix: np.ndarray, suffix: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
     """Take 's off the ends, and the suffixes before it. Returns where the apostrophes are."""
     chars = docs.chars
-    marks = np.flatnonzero((chars == ord("'")) | (chars == ord("’")))
+    marks: np.ndarray = np.flatnonzero((chars == ord("'")) | (chars == ord("’")))
     marks = marks[(chars[marks + 1] | 0x20) == ord("s")]
-    which = np.searchsorted(high, marks + 2)
-    here = which < len(high)
-    marks, which = marks[here], which[here]
+    which = np.minimum(np.searchsorted(high, marks + 2), len(high) - 1)
     here = (high[which] == marks + 2) & (low[which] <= marks)
     marks, which = marks[here], which[here]
     high[which] = marks
@@ -179,15 +201,15 @@ def _peel_possessive(
 def _peel_units(docs: Docs, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Take a unit of measure off the ends, if a digit is before it. Returns where the units begin."""
     digit, solid = (docs.flags & DIGIT) != 0, (docs.flags & (DIGIT | SPACE)) == 0
-    starts = np.flatnonzero(digit[:-1] & solid[1:]) + 1
-    which = np.searchsorted(high, starts, "right")
-    here = which < len(high)
+    starts: np.ndarray = np.flatnonzero(digit[:-1] & solid[1:]) + 1
+    which = np.minimum(np.searchsorted(high, starts, "right"), len(high) - 1)
+    lengths = high[which] - starts
+    here = (low[which] < starts) & (lengths > 0) & (lengths <= max(map(len, UNITS)))
     starts, which = starts[here], which[here]
-    here = (low[which] < starts) & (high[which] - starts <= max(map(len, UNITS)))
-    starts, which = starts[here], which[here]
-    found, _ = lookup(tuple(UNITS)).find(docs.digests(starts, high[which]))
-    high[which[found]] = starts[found]
-    return starts[found]
+    found, _ = lookup(UNITS).find(docs.digests(starts, high[which]))
+    starts, which = starts[found], which[found]
+    high[which] = starts
+    return starts
 
 
 def _cut_inside(
@@ -200,8 +222,8 @@ def _cut_inside(
     before, after = (np.where(affix[near], 0, flags[near]) for near in (at - 1, at + 1))
     letter_after = (after & ALPHA) != 0
     is_minus, is_comma, is_stop = mark == ord("-"), mark == ord(","), mark == ord(".")
-    hyphen = np.isin(mark, list(map(ord, "-–—~:<>=/")))
-    sign = is_minus | np.isin(mark, list(map(ord, "+*^")))
+    hyphen = np.isin(mark, _ord("-–—~:<>=/"))
+    sign = is_minus | np.isin(mark, _ord("+*^"))
     splits = (flags[at] & kinds.ICON != 0) | (mark == ord("…"))
     splits |= hyphen & ((before & (ALPHA | DIGIT)) != 0) & letter_after
     splits |= is_comma & ((before & ALPHA) != 0) & letter_after
@@ -214,7 +236,8 @@ def _cut_inside(
     for text in _MULTIPLES_OF_HYPHENS:
         one, size = ord(text[0]), len(text)
         first = at[(mark == one) & (chars[at - 1] != one) & (chars[at + 1] == one) & ((before & ALPHA) != 0)]
-        run = first[(chars[first + size - 1] == one) & ((flags[first + size] & ALPHA) != 0)]
+        run = first[chars[first + size - 1] == one]
+        run = run[(flags[run + size] & ALPHA) != 0]
         starts.append(run)
         ends.append(run + size)
     inner = dots[~affix[dots]]
@@ -232,7 +255,9 @@ def _cut_inside(
 def _in_address(docs: Docs, low: np.ndarray, high: np.ndarray, where: np.ndarray) -> np.ndarray:
     """Which of the cuts lie in a web address; bool, shape (cuts,)."""
     stops = np.flatnonzero(docs.chars == ord("."))
-    stops = stops[(docs.flags[stops + 1] & docs.flags[stops + 2] & LOWER) != 0]  # a top-level domain may follow
+    stops = stops[
+        (docs.flags[stops + 1] & docs.flags[np.minimum(stops + 2, len(docs.flags) - 1)] & LOWER) != 0
+    ]  # a top-level domain may follow
     chunk = np.searchsorted(low, where, "right") - 1
     which = np.intersect1d(chunk, np.searchsorted(low, stops, "right") - 1)
     if not len(which):
@@ -242,7 +267,7 @@ def _in_address(docs: Docs, low: np.ndarray, high: np.ndarray, where: np.ndarray
     _mark(inside, low[which], high[which])
     texts = docs.chars[inside].tobytes().decode("utf-32-le")
     bounds = np.append(0, np.cumsum(lengths))
-    pieces = pa.array([texts[start:end] for start, end in zip(bounds[:-1], bounds[1:], strict=True)])
+    pieces = pa.array([texts[start:end] for start, end in pairwise(bounds)])
     matches = pc.match_substring_regex(pieces, _ADDRESS).to_numpy(zero_copy_only=False)
     return np.isin(chunk, which[matches])
 
@@ -263,11 +288,13 @@ def _join(docs: Docs, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray,
     """Join exceptions that the general rules cut; the longest first, of two that overlap the one before."""
     table, longest = lookup(tuple(sorted(set(JOINED)))), max(map(len, JOINED))
     touching = starts[1:] == ends[:-1]
+    first = np.isin(docs.chars[starts], _ord("".join({text[0] for text in JOINED})))
+    last = np.isin(docs.chars[ends - 1], _ord("".join({text[-1] for text in JOINED})))
     joined = np.zeros(len(starts), bool)  # this word goes on with the one before
     used = np.zeros(len(starts), bool)
     for count in range(LONGEST_JOIN, 1, -1):
-        together = touching[: len(touching) - count + 2].copy()
-        for offset in range(1, count - 1):
+        together = first[: max(len(starts) - count + 1, 0)] & last[count - 1 :]
+        for offset in range(count - 1):
             together &= touching[offset : offset + len(together)]
         at = np.flatnonzero(together)
         at = at[ends[at + count - 1] - starts[at] <= longest]
@@ -282,19 +309,23 @@ def _join(docs: Docs, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray,
 
 
 def _cut_contractions(
-    docs: Docs, starts: np.ndarray, ends: np.ndarray
+    docs: Docs, starts: np.ndarray, ends: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cut contractions. Returns starts, ends and digests of the words."""
+    """Cut contractions that are all of a chunk but affixes. Returns starts, ends and digests of the words."""
     digests = docs.digests(starts, ends)
     at, which = lookup(tuple(CONTRACTIONS)).find(digests)
+    chunk = np.minimum(np.searchsorted(low, starts[at]), len(low) - 1)
+    whole = (low[chunk] == starts[at]) & (high[chunk] <= ends[at])
+    at, which = at[whole], which[whole]
+    if not len(at):
+        return starts, ends, digests
     offsets = np.array([(*cuts, 0)[:2] for cuts in CONTRACTIONS.values()])[which]
-    at = np.concatenate([at, at[offsets[:, 1] > 0]])
-    where = starts[at] + np.concatenate([offsets[:, 0], offsets[offsets[:, 1] > 0, 1]])
-    new_starts, new_ends = np.sort(np.concatenate([starts, where])), np.sort(np.concatenate([ends, where]))
-    changed = np.isin(new_starts, where)
-    changed[:-1] |= changed[1:]
-    new_digests = np.empty(len(new_starts), np.uint64)
-    same = ~changed
-    new_digests[same] = np.delete(digests, at)
-    new_digests[changed] = docs.digests(new_starts[changed], new_ends[changed])
-    return new_starts, new_ends, new_digests
+    twice = offsets[:, 1] > 0
+    cuts = np.sort(np.concatenate([starts[at] + offsets[:, 0], starts[at[twice]] + offsets[twice, 1]]))
+    word = np.searchsorted(starts, cuts) - 1
+    starts, ends = np.insert(starts, word + 1, cuts), np.insert(ends, word, cuts)
+    digests = np.insert(digests, word + 1, 0)
+    second = word + 1 + np.arange(len(word))
+    for part in (second - 1, second):
+        digests[part] = docs.digests(starts[part], ends[part])
+    return starts, ends, digests

@@ -13,7 +13,8 @@ from pipeline.scores.length import Length
 def measured(recipe: Length, values: pa.Array) -> pa.RecordBatch:
     column = recipe.column(None)  # type: ignore[arg-type]  # a length asks nothing of the run
     out = column.open()(pa.record_batch([values], list(column.inputs)))
-    assert out.schema == column.fields and out.schema.names[0] == "score"
+    assert out.schema == column.fields
+    assert out.schema.names[0] == "score"
     return out
 
 

@@ -1,5 +1,6 @@
 """Random: the draw depends on (seed, row) alone, and is a draw."""
 
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,14 +20,16 @@ def scores(recipe: Random, keys: pa.Array = KEYS, tokens: np.ndarray | None = No
     column = recipe.column(SimpleNamespace(seed=run_seed))
     values = {"row.key": keys} | ({} if tokens is None else {"row.tokens": pa.array(tokens)})
     out = column.open()(pa.record_batch([values[name] for name in column.inputs], list(column.inputs)))
-    assert out.schema == column.fields and out.schema.field("score").type == pa.float32()
+    assert out.schema == column.fields
+    assert out.schema.field("score").type == pa.float32()
     return out["score"].to_numpy()
 
 
 def test_score_is_the_hash_of_seed_and_row_as_a_fraction_of_two_to_the_64() -> None:
     expected = hash64(KEYS, 7).astype(np.float64) / 2.0**64
     np.testing.assert_allclose(scores(Random(seed=7)), expected, rtol=1e-6)
-    assert 0 <= scores(Random()).min() and scores(Random()).max() <= 1
+    assert scores(Random()).min() >= 0
+    assert scores(Random()).max() <= 1
 
 
 def test_without_a_seed_of_its_own_it_takes_the_runs() -> None:
@@ -39,7 +42,7 @@ def test_without_a_seed_of_its_own_it_takes_the_runs() -> None:
 @given(st.lists(st.integers(1, N - 1), max_size=8))
 def test_no_row_depends_on_the_rows_beside_it(cuts: list[int]) -> None:
     bounds = [0, *sorted(cuts), N]
-    parts = [scores(Random(), KEYS.slice(a, b - a)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [scores(Random(), KEYS.slice(a, b - a)) for a, b in itertools.pairwise(bounds)]
     assert (np.concatenate(parts) == scores(Random())).all()
 
 

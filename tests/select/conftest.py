@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +33,7 @@ class MemoryRun:
         ids = columns.get("row.key", np.arange(table.num_rows))
         table = table.append_column("row.key", row_keys(pa.array([str(i) for i in ids])))
         edges = np.linspace(0, table.num_rows, shards + 1).astype(int)
-        pieces = [table.slice(a, b - a) for a, b in zip(edges, edges[1:], strict=False)]
+        pieces = [table.slice(a, b - a) for a, b in pairwise(edges)]
         return cls([_addressed(piece, i) for i, piece in enumerate(pieces)], batch_rows)
 
     @property
@@ -66,7 +67,9 @@ class MemoryRun:
 
 def _addressed(shard: pa.Table, number: int) -> pa.Table:
     shards = pa.array(np.full(shard.num_rows, number, np.int32))
-    return shard.append_column("address.shard", shards).append_column("address.row", pa.array(np.arange(shard.num_rows)))
+    return shard.append_column("address.shard", shards).append_column(
+        "address.row", pa.array(np.arange(shard.num_rows))
+    )
 
 
 @pytest.fixture(scope="session")

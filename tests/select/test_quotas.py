@@ -15,7 +15,7 @@ ONES = np.ones(4, np.int64)
 
 
 def test_the_toy_of_density_based_pruning() -> None:
-    assert COMPLEXITY == pytest.approx([0.10, 0.15, 0.20, 0.30])
+    assert COMPLEXITY.tolist() == pytest.approx([0.10, 0.15, 0.20, 0.30])
     share = softmax(COMPLEXITY, 0.1)
     assert share == pytest.approx([0.078394, 0.129250, 0.213097, 0.579259], abs=5e-7)
     assert share * 240 == pytest.approx([18.8146, 31.0200, 51.1434, 139.0220], abs=5e-5)

@@ -26,7 +26,8 @@ def read(source: Source, options: IngestOptions, fields: pa.Schema) -> Iterator[
     with resolve(source.uri)[0].open_input_file(resolve(source.uri)[1]) as file:
         for batch in _open(file)[1]:
             columns = [
-                _as_bytes(batch.column(f.name)) if f.name in batch.schema.names else pa.nulls(batch.num_rows, f.type) for f in fields
+                _as_bytes(batch.column(f.name)) if f.name in batch.schema.names else pa.nulls(batch.num_rows, f.type)
+                for f in fields
             ]
             rows = pa.RecordBatch.from_arrays(columns, fields.names)
             rows.validate(full=True)

@@ -11,8 +11,9 @@ blank, not UTF-8, too large) is decided after the reader, once for all formats.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
@@ -24,7 +25,9 @@ from pipeline.errors import CorpusError
 
 Format = Literal["jsonl", "csv", "text", "arrow", "warc", "html"]
 
-READERS: dict[str, str] = {name: f"pipeline.corpus.readers.{name}" for name in ("jsonl", "csv", "text", "arrow", "warc", "html")}
+READERS: dict[str, str] = {
+    name: f"pipeline.corpus.readers.{name}" for name in ("jsonl", "csv", "text", "arrow", "warc", "html")
+}
 FIELDED = ("jsonl", "csv", "arrow")
 """Formats whose fields the user names; the others have `id`, `text` and fields of their own."""
 WEB = ("warc", "html")
@@ -46,12 +49,20 @@ class IngestOptions(BaseModel):
 
     format: Format | None = Field(None, description="format of every file (default: by the name's ending)")
     text: str = Field("text", description="field that holds the text (jsonl, csv, arrow)")
-    id: str | None = Field(None, description="field that holds the id (default: `id` where there is one, else the hash of the text)")
-    fields: tuple[str, ...] | None = Field(None, description="other fields to keep, `name` or `name:type` (default: all)")
+    id: str | None = Field(
+        None, description="field that holds the id (default: `id` where there is one, else the hash of the text)"
+    )
+    fields: tuple[str, ...] | None = Field(
+        None, description="other fields to keep, `name` or `name:type` (default: all)"
+    )
     document: Literal["file", "line"] = Field("file", description="what one document is in plain text")
     encoding: str = Field("utf-8", description="encoding of csv and text files")
-    delimiter: str | None = Field(None, min_length=1, max_length=1, description="between csv fields (default: `,`; tab in .tsv)")
-    extractor: Literal["trafilatura", "resiliparse"] = Field("trafilatura", description="what finds the main text of HTML")
+    delimiter: str | None = Field(
+        None, min_length=1, max_length=1, description="between csv fields (default: `,`; tab in .tsv)"
+    )
+    extractor: Literal["trafilatura", "resiliparse"] = Field(
+        "trafilatura", description="what finds the main text of HTML"
+    )
     page_seconds: float = Field(10, gt=0, description="cpu seconds that one HTML page may take")
     record_mb: float = Field(32, gt=0, description="MiB of one record; longer ones go to quarantine")
     file_mb: float = Field(128, gt=0, description="compressed MiB that an output file aims at")
@@ -103,7 +114,10 @@ class Source:
 
 
 class Reject(NamedTuple):
-    """A record without a row: its number from 1, where it starts in the decompressed bytes, why, its size, its head."""
+    """A record without a row: its number from 1, where it starts in the decompressed bytes, why, its size, its head.
+
+    The reason is of the form `kind` or `kind: detail`; kinds are counted.
+    """
 
     record: int
     offset: int | None
@@ -117,8 +131,8 @@ class Batch(NamedTuple):
 
     rows: pa.RecordBatch
     records: np.ndarray
-    rejects: list[Reject] = []
-    skipped: Mapping[str, int] = {}
+    rejects: Sequence[Reject] = ()
+    skipped: Mapping[str, int] = MappingProxyType({})
 
 
 class Reader(Protocol):
@@ -131,48 +145,53 @@ def reader_of(source: Source) -> Reader:
 
 
 class Lines(NamedTuple):
-    """Whole lines: number of the first (from 1), its offset. `size` > 0: one line too long, of which this is the head."""
+    """Whole lines: how many, number of the first (from 1) and its offset. With `size`: one line too long, its head."""
 
     data: bytes
+    total: int
     first: int
     offset: int
     size: int = 0
 
 
 def line_blocks(stream: Any, limit: int, block: int = BLOCK) -> Iterator[Lines]:
-    """A stream of bytes as blocks of whole lines; memory stays below `limit` + `block` whatever the stream holds.
+    """A stream of bytes as blocks of whole lines; memory stays below `limit` + 2 `block` whatever the stream holds.
 
     A line above `limit` bytes (which does not fit a block) is skipped and named. Raises CorpusError for a line that
     does not end within 64 limits.
     """
-    held, first, offset = bytearray(), 1, 0
-    while chunk := stream.read(block):
-        held += chunk
-        if not offset and first == 1 and held.startswith(b"\xef\xbb\xbf"):
-            del held[:3]
-            offset = 3
-        end = held.rfind(b"\n") + 1
+    chunk: bytes = stream.read(block)
+    mark = len(chunk) - len(chunk.removeprefix(b"\xef\xbb\xbf"))
+    chunk, first, offset = chunk[mark:] or stream.read(block), 1, mark
+    held: list[bytes] = []  # the beginning of a line that has not ended yet
+    while chunk:
+        end = chunk.rfind(b"\n") + 1
+        held_size = sum(map(len, held))
         if end:
-            data = bytes(memoryview(held)[:end])
-            yield Lines(data, first, offset)
-            first, offset = first + data.count(b"\n"), offset + end
-            del held[:end]
-        elif len(held) > limit:
-            head, size = bytes(held[:RAW]), len(held)
-            held.clear()
-            while chunk := stream.read(block):
-                end = chunk.find(b"\n") + 1
-                size += end or len(chunk)
-                if end:
-                    held += memoryview(chunk)[end:]
-                    break
+            data = b"".join([*held, memoryview(chunk)[:end]])
+            lines = Lines(data, data.count(b"\n"), first, offset)
+            yield lines
+            first, offset = first + lines.total, offset + len(data)
+            held = [chunk[end:]]
+        elif held_size + len(chunk) <= limit:
+            held.append(chunk)
+        else:
+            head, size = b"".join([*held, chunk])[:RAW], held_size
+            while chunk and not end:
+                size += len(chunk)
                 if size > RUNAWAY * limit:
-                    raise CorpusError(f"line {first} does not end within {size} bytes: not lines, or a decompression bomb")
-            yield Lines(head, first, offset, size)
-            first, offset = first + 1, offset + size
-    if held:
-        yield Lines(bytes(held), first, offset)
+                    raise CorpusError(f"line {first} does not end within {size} bytes: not lines, or a bomb")
+                chunk = stream.read(block)
+                end = chunk.find(b"\n") + 1
+            size += end
+            yield Lines(head, 1, first, offset, size)
+            first, offset, held, chunk = first + 1, offset + size, [], chunk[end:]
+            if chunk:
+                continue
+        chunk = stream.read(block)
+    if data := b"".join(held):
+        yield Lines(data, 1, first, offset)
 
 
-def too_large(size: int, limit: int) -> str:
-    return f"record of {size} bytes, above record_mb={limit / (1 << 20):g}"
+def too_large(limit: int) -> str:
+    return f"record too large: above record_mb={limit / (1 << 20):g}"

@@ -30,7 +30,17 @@ MEMORY = 4 << 30
 PAGES_A_CHILD = 10_000
 """A new child after so many pages: native parsers may leak a little on each."""
 ASCII = bytes(range(128))
-FORBIDDEN = ("socket.", "subprocess.", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "ftplib.", "urllib.")
+FORBIDDEN = (
+    "socket.",
+    "subprocess.",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "os.startfile",
+    "ftplib.",
+    "urllib.",
+)
 
 
 class PageError(Exception):
@@ -73,7 +83,11 @@ class Extractor:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             # Quiet: libraries complain of bad markup on stderr, and the page's fate is in the reply.
             self._child = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+                command,
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
             theirs.close()
             self._pipe, self._pages = ours, 0
@@ -84,8 +98,8 @@ class Extractor:
         code = self._child.wait()
         self.close()
         if code == -signal.SIGPROF:
-            return f"page took more than {self.page_seconds:g} cpu seconds"
-        return f"page crashed its parser ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})"
+            return f"page took too long: more than {self.page_seconds:g} cpu seconds"
+        return f"page crashed its parser: {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
 
     def close(self) -> None:
         if self._pipe is not None:
@@ -129,7 +143,9 @@ def _trafilatura(page: str) -> str:
 def _resiliparse(page: str) -> str:
     from resiliparse.extract.html2text import extract_plain_text
 
-    text = extract_plain_text(page, main_content=True, preserve_formatting=True, alt_texts=False, comments=False, post_meta=False)
+    text = extract_plain_text(
+        page, main_content=True, preserve_formatting=True, alt_texts=False, comments=False, post_meta=False
+    )
     return str(text)
 
 
@@ -156,9 +172,9 @@ def _serve(pipe: Connection, name: str, page_seconds: float) -> None:
             reply = "+" + (text if mode == "plain" else extract(text))
             reply = reply if reply[1:].strip() else "-no main text"
         except MemoryError:
-            reply = f"-page took more than {MEMORY >> 30} GiB of memory"
+            reply = f"-page took too much memory: more than {MEMORY >> 30} GiB"
         except Exception as error:
-            reply = f"-{type(error).__name__}: {error}"[:200]
+            reply = f"-extraction failed: {type(error).__name__}: {error}"[:200]
         finally:
             signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send_bytes(reply.encode("utf-8", "replace"))

@@ -21,8 +21,10 @@ def read(source: Source, options: IngestOptions, fields: pa.Schema) -> Iterator[
         page = stream.read(options.limit + 1)
     try:
         if len(page) > options.limit:
-            raise PageError(too_large(source.size, options.limit))
+            raise PageError(too_large(options.limit))
         main = extractor(options.extractor, options.page_seconds).main_text(page)
         yield Batch(text.documents([main.encode()], source, fields), np.ones(1, np.int64))
     except PageError as error:
-        yield Batch(text.documents([], source, fields), np.empty(0, np.int64), [Reject(1, 0, str(error), len(page), page[:RAW])])
+        yield Batch(
+            text.documents([], source, fields), np.empty(0, np.int64), [Reject(1, 0, str(error), len(page), page[:RAW])]
+        )

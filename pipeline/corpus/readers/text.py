@@ -28,20 +28,26 @@ def read(source: Source, options: IngestOptions, fields: pa.Schema) -> Iterator[
             return
         for lines in line_blocks(stream, options.limit):
             if lines.size:
-                reject = Reject(lines.first, lines.offset, too_large(lines.size, options.limit), lines.size, lines.data)
+                reject = Reject(lines.first, lines.offset, too_large(options.limit), lines.size, lines.data)
                 yield Batch(documents([], source, fields), np.empty(0, np.int64), [reject])
                 continue
             texts = [line.removesuffix(b"\r") for line in lines.data.removesuffix(b"\n").split(b"\n")]
             numbers = np.arange(lines.first, lines.first + len(texts))
-            written = np.array([bool(t) and not t.isspace() for t in texts])  # an empty line is no document, nor a bad one
-            yield Batch(documents([t for t, w in zip(texts, written, strict=True) if w], source, fields), numbers[written])
+            written = np.array(
+                [bool(t) and not t.isspace() for t in texts]
+            )  # an empty line is no document, nor a bad one
+            yield Batch(
+                documents([t for t, w in zip(texts, written, strict=True) if w], source, fields), numbers[written]
+            )
 
 
 def _whole(stream: Any, source: Source, options: IngestOptions, fields: pa.Schema) -> Batch:
     content = stream.read(options.limit + 1)
     if len(content) > options.limit:
-        reason = f"document above record_mb={options.record_mb:g}: raise it, or set document=line"
-        return Batch(documents([], source, fields), np.empty(0, np.int64), [Reject(1, 0, reason, source.size, content[:RAW])])
+        reason = f"{too_large(options.limit)}; raise it, or set document=line"
+        return Batch(
+            documents([], source, fields), np.empty(0, np.int64), [Reject(1, 0, reason, source.size, content[:RAW])]
+        )
     return Batch(documents([content.removeprefix(b"\xef\xbb\xbf")], source, fields), np.ones(1, np.int64))
 
 

@@ -67,8 +67,13 @@ class _Rows:
     size: int = 0
 
     def batch(self, fields: pa.Schema) -> Batch:
-        columns = dict(zip(FIELDS.names, zip(*self.values, strict=True) if self.values else [()] * len(FIELDS), strict=True))
-        arrays = [pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(len(self.records), f.type) for f in fields]
+        columns = dict(
+            zip(FIELDS.names, zip(*self.values, strict=True) if self.values else [()] * len(FIELDS), strict=True)
+        )
+        arrays = [
+            pa.array(columns[f.name], f.type) if f.name in columns else pa.nulls(len(self.records), f.type)
+            for f in fields
+        ]
         rows = pa.RecordBatch.from_arrays(arrays, fields.names)
         return Batch(rows, np.array(self.records, np.int64), self.rejects, self.skipped)
 
@@ -111,7 +116,7 @@ def _add(rows: _Rows, record: Any, number: int, limit: int, pages: Extractor) ->
             rows.skipped[page] += 1
             return
         if size > limit:
-            raise PageError(too_large(size, limit))
+            raise PageError(too_large(limit))
         body = page.body(limit)
         if page.kind in HTML:
             text = pages.main_text(body, page.charset)
@@ -139,7 +144,7 @@ class _Page:
         except OSError as error:
             raise PageError(f"undecodable body: {error}") from error
         if len(body) > limit:
-            raise PageError(too_large(len(body), limit).replace("record of", "body of more than"))
+            raise PageError(too_large(limit))
         return body
 
 
