@@ -67,6 +67,8 @@ class BuildTask:
         with tempfile.TemporaryDirectory(prefix="tamis-build-") as directory:
             self.build(Path(directory))
             store.remove()
+            if store.local:
+                os.makedirs(store.path)
             pafs.copy_files(directory, store.path, pafs.LocalFileSystem(), store.filesystem)
         store.write(json.dumps({"fingerprint": self.artifact.fingerprint}).encode(), MARKER)
         return {"rows": 0, "bytes": 0}

@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.concepts.assign import concept_column
+from pipeline.concepts.kmeans import Cluster
 from pipeline.concepts.table import concept_table
 from pipeline.config import Config, load, parse
 from pipeline.corpus.rows import row_column
@@ -67,6 +68,7 @@ def curate(
 def sieve(run: Run) -> Selection:
     """Fill every column that the configuration asks for and choose the rows to keep."""
     config = run.config
+    check(run)
     early = [s for s in config.scores if s.needs == "text"]
     late = [s for s in config.scores if s.needs != "text"]
     embed = embedding(config)
@@ -89,6 +91,15 @@ def sieve(run: Run) -> Selection:
     if late:
         run.materialize([s.column(run) for s in late])
     return select(run, config.select, config.scores, concepts)
+
+
+def check(run: Run) -> None:
+    """Raise ConfigError for what can be seen to fail before any work is done."""
+    config = run.config
+    if config.needs_concepts:
+        (config.cluster or Cluster()).concepts(run.rows)
+    if config.select.budget.rows is not None:
+        config.select.budget.amount(run.rows)
 
 
 def harvest(run: Run, selection: Selection) -> Curated:

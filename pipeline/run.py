@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 __all__ = ["Artifact", "Run"]
 
 LIGHT_BYTES = 256 << 20
-"""A pass that reads less than this from stored columns is done in the driver while Ray is down: starting it takes longer."""
+"""A pass over stored columns of less than this is done in the driver while Ray is down, which takes longer to start."""
 RECUT = 4
 """Shards are cut anew when the size that they should have is so many times off the size that they have."""
 
@@ -347,7 +347,7 @@ class Run:
             level = 0
             while count > 1:
                 units = [(level, i, count) for i in range(-(-count // FAN_IN))]
-                self._all(f"{label} merge", MergeTask(self.store, statistic, directory), units, light)
+                self._all(label, MergeTask(self.store, statistic, directory), units, light, noted=False)
                 level, count = level + 1, len(units)
             return load_state(self.store, *directory, state_name(level, 0))
         finally:
@@ -421,38 +421,49 @@ class Run:
     # ---- the engine
 
     def map(
-        self, label: str, task: Task, units: Sequence[Any], resources: Resources = Resources(), light: bool = False
+        self,
+        label: str,
+        task: Task,
+        units: Sequence[Any],
+        resources: Resources = Resources(),
+        light: bool = False,
+        noted: bool = True,
     ) -> Iterator[Outcome]:
         """Run a task over units with progress, and note the pass in the manifest.
 
-        `light`: not worth starting Ray for; done in the driver unless Ray is up already.
+        `light`: not worth starting Ray for; done in the driver unless Ray is up already. `noted`: worth telling people.
         """
         if not units:
             return
         pool: Pool = InlinePool(self.config.engine.retries) if light and self._pool is None else self._started()
         lost, started = pool.lost, time.monotonic()
-        with Progress(label, len(units), self.quiet) as progress:
+        with Progress(label, len(units), self.quiet or not noted) as progress:
             for outcome in pool.map(task, units, self._resources(resources)):
                 self._lock.check()
                 progress.add(outcome.result.get("rows", 0), outcome.result.get("bytes", 0), outcome.error is not None)
                 yield outcome
-        self.manifest["passes"].append(
-            {
-                "pass": label,
-                "units": len(units),
-                "failed": progress.failed,
-                "rows": progress.rows,
-                "bytes": progress.bytes,
-                "seconds": round(time.monotonic() - started, 3),
-                "workers_lost": pool.lost - lost,
-            }
-        )
+        entry = {
+            "pass": label,
+            "units": len(units),
+            "failed": progress.failed,
+            "rows": progress.rows,
+            "bytes": progress.bytes,
+            "seconds": round(time.monotonic() - started, 3),
+            "workers_lost": pool.lost - lost,
+        }
+        self.manifest["passes"] += [entry] if noted else []
 
     def _all(
-        self, label: str, task: Task, units: Sequence[Any], light: bool = False, resources: Resources = Resources()
+        self,
+        label: str,
+        task: Task,
+        units: Sequence[Any],
+        light: bool = False,
+        resources: Resources = Resources(),
+        noted: bool = True,
     ) -> None:
         """Run units none of which may fail, because their results depend on one another."""
-        for outcome in self.map(label, task, units, resources, light):
+        for outcome in self.map(label, task, units, resources, light, noted):
             if outcome.error:
                 raise TamisError(f"{label} failed: {outcome.error}")
 

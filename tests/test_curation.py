@@ -35,9 +35,9 @@ def configuration(run: Path, **changes: Any) -> dict[str, Any]:
     return base | changes
 
 
-def simple(run: Path, corpus: Path, **changes: Any) -> dict[str, Any]:
+def simple(run: Path, place: Path, **changes: Any) -> dict[str, Any]:
     """A run that needs no vectors, over a corpus with the columns id and text."""
-    base = {"corpus": {"path": str(corpus), "id": "id"}, "scores": ["random"], "select": {"budget": {"fraction": 0.5}}}
+    base = {"corpus": {"path": str(place), "id": "id"}, "scores": ["random"], "select": {"budget": {"fraction": 0.5}}}
     return configuration(run) | {"embed": None, "cluster": None} | base | changes
 
 

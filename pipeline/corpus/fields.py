@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.corpus.readers.base import FIELDED, IngestOptions, Source, reader_of
+from pipeline.corpus.readers.base import FIELDED, IngestOptions, Source, may_pass, reader_of
 from pipeline.corpus.text import is_text
 from pipeline.errors import CorpusError
 
@@ -66,8 +66,9 @@ def _join(one: pa.DataType, other: pa.DataType) -> pa.DataType:
 
 @contextlib.contextmanager
 def reading() -> Iterator[None]:
-    """Whatever a file does to its reader becomes a CorpusError."""
+    """What a file does to its reader becomes a CorpusError; its cause is left where the engine should try again."""
     try:
         yield
     except (pa.ArrowException, OSError, EOFError, UnicodeError) as error:
-        raise CorpusError(f"unreadable: {str(error) or type(error).__name__}") from error
+        message = f"unreadable: {str(error) or type(error).__name__}"
+        raise CorpusError(message) from (error if may_pass(error) else None)

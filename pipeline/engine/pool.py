@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 import traceback
 from collections import deque
@@ -131,9 +132,10 @@ class InlinePool:
 class _Worker:
     """What runs in an actor: holds one task at a time, so that a model is loaded once and freed when the next comes."""
 
-    def __init__(self, cpus: float, environment: dict[str, str]) -> None:
+    def __init__(self, cpus: float, environment: dict[str, str], paths: list[str]) -> None:
         for name, value in environment.items():
             os.environ.setdefault(name, value)
+        sys.path += [path for path in paths if path not in sys.path]  # a recipe that the driver can import
         threads.prepare_process(cpus)
         self.key = ""
         self.task: Task | None = None
@@ -149,7 +151,7 @@ class _Worker:
             try:
                 self.key, self.task = key, ray.get(task[0])
             except Exception as error:
-                return _Reply(error=f"a worker cannot load its task: {_describe(error)}", fatal=ConfigError)
+                return _Reply(error=f"a worker cannot load its task: {_summary(error)}", fatal=ConfigError)
         return _try(self.task, unit, attempt)
 
 
@@ -263,7 +265,7 @@ class RayPool:
             options["memory"] = resources.memory
         environment = {k: v for k, v in os.environ.items() if k.startswith(ENVIRONMENT)}
         for _ in range(wanted - len(crew)):
-            actor = ray.remote(_Worker).options(**options).remote(resources.cpus, environment)
+            actor = ray.remote(_Worker).options(**options).remote(resources.cpus, environment, sys.path)
             crew.starting[actor.ready.remote()] = actor
         self._stay_patient(bool(crew.idle or crew.flying), resources)
 

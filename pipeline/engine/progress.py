@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 LOG_SECONDS = 10.0
+WORTH_A_LINE_S = 0.5
 
 
 class Progress:
@@ -64,6 +65,9 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif not self.quiet and self.done:
-            seconds = time.monotonic() - self.started
+        elif (
+            not self.quiet
+            and self.done
+            and ((seconds := time.monotonic() - self.started) >= WORTH_A_LINE_S or self.failed)
+        ):
             self._line(f"{self.done}/{self.total} shards, {self._rate()}, done in {seconds:.1f} s")

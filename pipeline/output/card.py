@@ -1,4 +1,4 @@
-"""The dataset card: what was kept, from what, by which recipe, with which totals. Markdown, in the curated directory."""
+"""The dataset card, README.md of the curated set: what was kept, from what, by which recipe, with which totals."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def write_card(run: Run, selection: Selection, directory: Store, files: list[dic
 
 # {run.store.uri.rstrip("/").rsplit("/", 1)[-1]}
 
-{selection.rows:,} of {run.rows:,} rows, {selection.tokens:,} tokens ({run.tokens_named}), {selection.bytes:,} bytes of text,
-in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the source's schema and order.
+{selection.rows:,} of {run.rows:,} rows, {selection.tokens:,} tokens ({run.tokens_named}), {selection.bytes:,} bytes of
+text, in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the source's schema and order.
 
 ## What became of every row
 
@@ -44,7 +44,8 @@ in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the sou
 ```yaml
 {yaml.safe_dump(config, sort_keys=False, allow_unicode=True)}```
 
-Fingerprint of the selection: `{run.plans["select"].fingerprint}`. The lineage of every file is in the run's `manifest.json`.
+Fingerprint of the selection: `{run.plans["select"].fingerprint}`. The run's `manifest.json` has the lineage of every
+file.
 """
     directory.write(text.encode(), "README.md")
 

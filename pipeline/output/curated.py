@@ -12,12 +12,14 @@ from typing import Any
 
 from pipeline.corpus.shards import MIB
 from pipeline.corpus.storage import Store
+from pipeline.errors import TamisError
 from pipeline.output.card import write_card
-from pipeline.output.write import Annotation, Subset, write_subset
+from pipeline.output.write import TAMIS, Annotation, Subset, sweep, write_subset
 from pipeline.run import Run
 from pipeline.select.stage import Selection
 from pipeline.select.subset import subset
 
+VALIDATION = "validation"
 VALIDATION_SHARE = 0.01
 VALIDATION_ROWS = 50_000
 NANOCHAT_GROUP = 1024
@@ -31,15 +33,18 @@ def write_curated(run: Run, selection: Selection) -> tuple[Store, list[dict[str,
     if output.layout == "nanochat":
         files = _nanochat(run, selection, directory, file_bytes)
     else:
+        notes = score_annotations(run) if output.scores else ()
+        columns = run.config.corpus.columns or run.schema.names
         kept = Subset(
             keep="select",
             directory=directory,
             pattern="part-{:05d}.parquet",
-            columns=tuple(run.config.corpus.columns or run.schema.names),
-            annotations=score_annotations(run) if output.scores else (),
+            columns=tuple(c for c in columns if not (notes and c == TAMIS)),  # that of an earlier curation is replaced
+            annotations=notes,
             row_group_rows=output.row_group_rows,
         )
         files = write_subset(run, kept, file_bytes, "write")
+    sweep(directory, files)
     write_card(run, selection, directory, files)
     run.manifest["curated"] = {"path": directory.uri, "files": files}
     run.save()
@@ -55,13 +60,24 @@ def score_annotations(run: Run) -> tuple[Annotation, ...]:
     return tuple(found)
 
 
+def validation_rows(selection: Selection) -> int:
+    """Rows that the nanochat layout keeps for validation."""
+    return min(VALIDATION_ROWS, max(1, int(selection.rows * VALIDATION_SHARE)))
+
+
 def _nanochat(run: Run, selection: Selection, directory: Store, file_bytes: float) -> list[dict[str, Any]]:
-    wanted = min(VALIDATION_ROWS, max(1, int(selection.rows * VALIDATION_SHARE)))
-    subset(run, "validation", rows=wanted, seed=run.seed)
-    columns = (run.config.corpus.text,)
+    if selection.rows < 2:
+        raise TamisError("output.layout: nanochat needs two rows, one of them to validate with; one is kept")
+    subset(run, VALIDATION, rows=validation_rows(selection), seed=run.seed)
     train = Subset(
-        "select", directory, "shard_{:05d}.parquet", columns, without="validation", row_group_rows=NANOCHAT_GROUP
+        keep="select",
+        without=VALIDATION,
+        directory=directory,
+        pattern="shard_{:05d}.parquet",
+        columns=(run.config.corpus.text,),
+        names=("text",),
+        row_group_rows=NANOCHAT_GROUP,
     )
     files = write_subset(run, train, file_bytes, "write")
-    validation = replace(train, keep="validation", without=None, first=len(files))
+    validation = replace(train, keep=VALIDATION, without=None, first=len(files))
     return [*files, *write_subset(run, validation, float("inf"), "write val")]

@@ -1,8 +1,8 @@
 """The hand-off: two disjoint subsets of the curated set, named in `handoff.json`, for whoever compresses a model.
 
 `calibration` is a few hundred rows with equal shares of every concept, `recovery` a token budget drawn at random from
-the rest. Both are Parquet below `<run>/handoff/`, in the source's schema, and the file says so in the words that
-compression tools use for their arguments.
+the rest. Neither holds a row of the nanochat layout's validation file. Both are Parquet below `<run>/handoff/`, in the
+source's schema, and the file says so in the words that compression tools use for their arguments.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import json
 from typing import Any
 
 from pipeline.corpus.shards import MIB
-from pipeline.output.write import Subset, write_subset
+from pipeline.output.curated import VALIDATION, validation_rows
+from pipeline.output.write import Subset, sweep, write_subset
 from pipeline.run import Run
 from pipeline.select.stage import Selection
 from pipeline.select.subset import Drawn, subset
@@ -28,14 +29,20 @@ def write_handoff(run: Run, selection: Selection) -> None:
         "tokens_counted_by": run.tokens_named,
     }
     drawn: list[str] = []
+    left = selection.rows
+    if run.config.output.layout == "nanochat":  # what a trainer validates with is in neither
+        drawn, left = [VALIDATION], left - validation_rows(selection)
     if wanted.calibration_rows:
-        rows = min(wanted.calibration_rows, max(1, selection.rows // 2))  # something must be left to recover on
+        rows = min(wanted.calibration_rows, max(1, left // 2))  # something must be left to recover on
         number = 0 if concepts is None else concepts.num_rows
-        described["calibration"] = _write(run, subset(run, "calibration", rows=rows, seed=run.seed, concepts=number))
-        drawn.append("calibration")
-    if wanted.recovery_tokens and selection.rows > 1:
+        calibration = subset(run, "calibration", rows=rows, seed=run.seed, without=tuple(drawn), concepts=number)
+        described["calibration"] = _write(run, calibration)
+        drawn, left = [*drawn, "calibration"], left - calibration.rows
+    if wanted.recovery_tokens and left:
         recovery = subset(run, "recovery", tokens=wanted.recovery_tokens, seed=run.seed, without=tuple(drawn))
         described["recovery"] = _write(run, recovery)
+    for name in {"calibration", "recovery"} - described.keys():
+        run.store.remove("handoff", name)
     run.store.write(json.dumps(described, indent=2).encode(), "handoff.json")
 
 
@@ -46,6 +53,7 @@ def _write(run: Run, drawn: Drawn) -> dict[str, Any]:
         drawn.name, directory, "part-{:05d}.parquet", columns, row_group_rows=run.config.output.row_group_rows
     )
     files = write_subset(run, kept, run.config.output.file_mb * MIB, f"write {drawn.name}")
+    sweep(directory, files)
     return {
         "dataset": directory.uri,
         "data_files": f"{directory.uri}/*.parquet",

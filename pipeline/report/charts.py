@@ -137,4 +137,5 @@ def concept_scatter(concept: np.ndarray, rows: np.ndarray, kept: np.ndarray, ove
         for c, n, k in zip(concept.tolist(), rows.tolist(), kept.tolist(), strict=True)
         if n
     ]
-    return el("svg", grid, mean, points, viewBox=f"0 0 {width} {height}", role="img", class_="scatter")
+    drawing = el("svg", grid, mean, points, viewBox=f"0 0 {width} {height}", role="img", class_="scatter")
+    return el("div", drawing, class_="scroll")

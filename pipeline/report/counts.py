@@ -93,11 +93,11 @@ def tally(names: np.ndarray, amounts: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return np.append(found[most], OTHER), np.vstack([sums[most], sums[rest].sum(axis=0)])
 
 
-def _named(values: pa.Array, amounts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sum `amounts` (n, m) by the text of n values."""
+def _named(values: pa.Array, amounts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Sum each of m `amounts` (n,) by the text of n values: names, and sums (names, m)."""
     coded = values if pa.types.is_dictionary(values.type) else values.dictionary_encode()
-    sums = np.zeros((len(coded.dictionary), amounts.shape[1]), np.int64)
-    np.add.at(sums, coded.indices.to_numpy(), amounts)
+    at, size = coded.indices.to_numpy(), len(coded.dictionary)
+    sums = np.stack([np.bincount(at, a, size) for a in amounts], axis=1).astype(np.int64)  # float64: exact below 2**53
     used = np.flatnonzero(sums[:, 0])
     names = [_name(v) for v in coded.dictionary.take(pa.array(used)).to_pylist()]
     return tally(np.array(names, np.str_), sums[used])
@@ -120,7 +120,7 @@ class Sources:
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
         keep, tokens = numpy_of(batch, "select.keep"), numpy_of(batch, "row.tokens")
-        amounts = np.stack([np.ones_like(tokens), tokens, keep.astype(np.int64), np.where(keep, tokens, 0)], axis=1)
+        amounts = [np.ones(len(keep)), tokens, keep, np.where(keep, tokens, 0)]
         name, amount = _named(batch.column(self.source), amounts)
         new = {"name": name, "amount": amount}
         return self.merge([state, new]) if state else new
@@ -157,16 +157,24 @@ class Overview:
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
         keep = numpy_of(batch, "select.keep")
-        amounts = np.stack(
-            [np.ones(len(keep), np.int64), *(numpy_of(batch, f"row.{a}") for a in ("tokens", "bytes"))], axis=1
-        )
+        amounts = [np.ones(len(keep)), numpy_of(batch, "row.tokens"), numpy_of(batch, "row.bytes")]
         reason, amount = _named(batch.column("select.reason"), amounts)
-        levels = np.zeros((len(self.scores), 2, LEVELS), np.int64)
+        new = {"reason": reason, "amount": amount} | self._sample(batch, keep)
+        levels = state["levels"] if state else np.zeros((len(self.scores), 2, LEVELS), np.int64)
         for number, name in enumerate(self.scores):
             level = (order_keys(numpy_of(batch, name)) >> np.uint32(16)).astype(np.int64)
-            levels[number] = np.bincount(level + LEVELS * keep, minlength=2 * LEVELS).reshape(2, LEVELS)
-        new = {"reason": reason, "amount": amount, "levels": levels} | self._sample(batch, keep)
-        return self.merge([state, new]) if state else new
+            levels[number] += np.bincount(level + LEVELS * keep, minlength=2 * LEVELS).reshape(2, LEVELS)
+        return (self._joined([state, new]) if state else new) | {"levels": levels}
+
+    def merge(self, states: Sequence[State]) -> State:
+        return self._joined(states) | {"levels": np.sum([s["levels"] for s in states], axis=0)}
+
+    def _joined(self, states: Sequence[State]) -> State:
+        """All but the histograms."""
+        joined = {name: np.concatenate([s[name] for s in states]) for name in states[-1] if name != "levels"}
+        reason, amount = tally(joined.pop("reason"), joined.pop("amount"))
+        chosen = _smallest(joined["group"], joined["hash"], self.rows)
+        return {"reason": reason, "amount": amount} | {name: values[chosen] for name, values in joined.items()}
 
     def _sample(self, batch: pa.RecordBatch, keep: np.ndarray) -> State:
         rows = np.flatnonzero(np.isin(numpy_of(batch, "address.shard"), self.shards))
@@ -189,13 +197,6 @@ class Overview:
             "score": np.stack([numpy_of(batch, name, rows) for name in self.scores], axis=1),
             "why": np.array([_name(w) for w in why], np.str_),
         }
-
-    def merge(self, states: Sequence[State]) -> State:
-        joined = {name: np.concatenate([s[name] for s in states]) for name in states[0] if name != "levels"}
-        reason, amount = tally(joined.pop("reason"), joined.pop("amount"))
-        chosen = _smallest(joined["group"], joined["hash"], self.rows)
-        sample = {name: values[chosen] for name, values in joined.items()}
-        return {"reason": reason, "amount": amount, "levels": np.sum([s["levels"] for s in states], axis=0), **sample}
 
 
 def _smallest(group: np.ndarray, hashed: np.ndarray, rows: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from pipeline.report.counts import OTHER, Bins, Overview, Sources, bins
 from pipeline.report.rows import Address, read_rows
 from pipeline.run import Run
 from pipeline.sample import needs_fit
-from pipeline.select.stage import Selection
+from pipeline.select.stage import Selection, stream
 from pipeline.select.verdict import REASONS
 
 SAMPLED_SHARDS, SAMPLED_BYTES = 64, 512 << 20
@@ -94,9 +94,10 @@ def gather(run: Run, selection: Selection, files: Sequence[dict[str, Any]]) -> F
     names += ["combined"] if "combined.score" in selection.ranked_by else []
     concepts = selection.concepts()
     chosen = () if concepts is None else choose_concepts(concepts)
-    shards = choose_shards(run)
     rows = ROWS_A_CONCEPT if chosen else ROWS_WITHOUT_CONCEPTS
-    seen = counted(run, Overview(tuple(f"{n}.score" for n in names), chosen, shards, rows, run.seed))
+    seed = stream(run.seed, "report")  # a draw of its own: the score `random` and ties go by hashes too
+    shards = choose_shards(run, seed)
+    seen = counted(run, Overview(tuple(f"{n}.score" for n in names), chosen, shards, rows, seed))
     source = run.config.corpus.source
     totals = {str(r): a for r, a in zip(seen["reason"], seen["amount"], strict=True)}
     return Facts(
@@ -128,10 +129,10 @@ def _write(state: State, directory: Path) -> None:
     np.savez_compressed(directory / STATE, **state)  # type: ignore[arg-type]  # keywords are arrays
 
 
-def choose_shards(run: Run) -> tuple[int, ...]:
+def choose_shards(run: Run, seed: int) -> tuple[int, ...]:
     """Shards to sample from: the first by hash, as many as stay below the bounds, one at least."""
     live = run.live
-    salted = np.array([s.index for s in live], np.uint64) + np.uint64(run.seed % 2**32)
+    salted = np.array([s.index for s in live], np.uint64) + np.uint64(seed % 2**32)
     order = np.argsort(mix64(salted), kind="stable")[:SAMPLED_SHARDS]
     total = np.cumsum([live[i].bytes for i in order])
     within = max(1, int(np.searchsorted(total, SAMPLED_BYTES, side="right")))

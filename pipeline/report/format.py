@@ -57,6 +57,10 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def plural(number: int, one: str, many: str = "") -> str:
+    return f"{count(number)} {one if number == 1 else many or one + 's'}"
+
+
 def short(number: float) -> str:
     """Three significant digits with a unit: 1.23 M."""
     for factor, unit in ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1e4, " k")):
@@ -85,8 +89,10 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 100:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = seconds / 60
     if minutes < 100:
         return f"{minutes:.0f} min"

@@ -19,7 +19,7 @@ from pipeline import __version__
 from pipeline.report.charts import concept_scatter, histogram
 from pipeline.report.counts import level_values
 from pipeline.report.facts import CONCEPTS_LISTED, Facts, Sampled, gather
-from pipeline.report.format import count, duration, explain, number, share, short, size, visible
+from pipeline.report.format import count, duration, explain, number, plural, share, short, size, visible
 from pipeline.report.html import Child, Html, el
 from pipeline.report.stored import quarantined
 from pipeline.run import Run
@@ -77,7 +77,7 @@ def header(facts: Facts) -> Html:
     ]
     where = _path(str(run.manifest.get("curated", {}).get("path", run.store.locate("curated"))))
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    about = f"Tamis {__version__}, {when}. {_plural(len(facts.files), 'Parquet file')} in {where}."
+    about = f"Tamis {__version__}, {when}. {plural(len(facts.files), 'Parquet file')} in {where}."
     anchors = ["funnel", "reasons", "scores", "sources", "concepts", "rows", "time", "missing", "configuration"]
     absent = {"sources": facts.sources is None, "concepts": facts.concepts is None}
     return el(
@@ -154,7 +154,7 @@ def scores(facts: Facts) -> list[Html]:
         cards.append(el("div", el("h3", name), el("p", "; ".join(told)), chart, class_="card"))
     legend = [_key("all"), "usable rows", _key("kept"), "kept", _key("mark"), "floor, lowest score kept"]
     return [
-        _note(*legend, ". The strip below is the darker, the more of a bin is kept."),
+        _note(*legend, ". The stronger the strip below, the more of a bin is kept."),
         el("div", cards, class_="charts"),
     ]
 
@@ -177,7 +177,7 @@ def sources(facts: Facts) -> list[Html]:
     columns = "lnnnbnn"
     shown = [_overall(facts), _table(heads, lines[:SOURCES_SHOWN], columns)]
     if more := lines[SOURCES_SHOWN:]:
-        summary = el("summary", _plural(len(more), "smaller source"))
+        summary = el("summary", plural(len(more), "smaller source"))
         shown.append(el("details", summary, _table(heads, more, columns), class_="plain"))
     return shown
 
@@ -202,7 +202,7 @@ def concepts(facts: Facts, table: pa.Table) -> list[Html]:
     ]
     heads = ["concept", "a row of it", "rows", "kept", "share kept", _scale(full), *told]
     number_of = f"The {CONCEPTS_LISTED} largest of" if table.num_rows > CONCEPTS_LISTED else "All"
-    about = f"{number_of} {_plural(table.num_rows, 'concept')}; artifacts/selection/concepts.parquet holds the table."
+    about = f"{number_of} {plural(table.num_rows, 'concept')}; artifacts/selection/concepts.parquet holds the table."
     quota = f" A quota counts {facts.selection.unit}." if "quota" in told else ""
     return [
         _overall(facts, "A point is a concept. "),
@@ -250,7 +250,7 @@ def timings(facts: Facts) -> list[Html]:
         ]
         for p in passes
     ]
-    told = f"{duration(total)} in {_plural(len(passes), 'pass', 'passes')}. What an earlier call had done is not in it."
+    told = f"{duration(total)} in {plural(len(passes), 'pass', 'passes')}. What an earlier call had done is not in it."
     return [_note(told), _table(["pass", "time", "", "units", "rows", "rows/s", "read", ""], lines, "lnbnnnnl")]
 
 
@@ -268,9 +268,9 @@ def missing(facts: Facts) -> list[Html]:
         ]
         first = f"; the first {FAILURES_SHOWN}, manifest.json has all" if len(failures) > FAILURES_SHOWN else ""
         shown.append(
-            el("p", f"{_plural(len(failures), 'file or part of a file', 'files or parts of files')} left out{first}:")
+            el("p", f"{plural(len(failures), 'file or part of a file', 'files or parts of files')} left out{first}:")
         )
-        shown.append(_table(["file", "row groups", "reason"], lines, "lll"))
+        shown.append(_table(["file", "row groups", "reason"], lines, "plp"))
     stored = run.manifest.get("columns", {})
     bad = {name: stored[name]["quarantined"] for name in run.plans if stored.get(name, {}).get("quarantined")}
     if bad:
@@ -282,7 +282,7 @@ def missing(facts: Facts) -> list[Html]:
             [visible(q["reason"], 120), q["column"], _path(q["file"]), count(q["row_group"]), count(q["row"])]
             for q in quarantined(run.store, list(bad)).slice(0, QUARANTINE_SHOWN).to_pylist()
         ]
-        shown.append(_table(["reason", "column", "file", "row group", "row"], lines, "lllnn"))
+        shown.append(_table(["reason", "column", "file", "row group", "row"], lines, "plpnn"))
     return shown or [el("p", "Nothing: every file was read and every row was usable.")]
 
 
@@ -332,8 +332,8 @@ def _scale(full: float) -> str:
 
 
 def _table(heads: Sequence[Child], lines: Sequence[Sequence[Child]], columns: str) -> Html:
-    """`columns` has a letter each: `n` number, `b` bar, `l` label, `t` text that is cut, and left out on a phone."""
-    classes = [{"n": "n", "b": "bar", "l": "label", "t": "text"}[c] for c in columns]
+    """`columns` has a letter each: `n` number, `b` bar, `l` label, `p` text, `t` text cut to a line."""
+    classes = [{"n": "n", "b": "bar", "l": "label", "t": "text", "p": None}[c] for c in columns]
     head = el("tr", [el("th", h, class_=c) for h, c in zip(heads, classes, strict=True)])
     body = [el("tr", [el("td", v, class_=c) for v, c in zip(line, classes, strict=True)]) for line in lines]
     return el("div", el("table", el("thead", head), el("tbody", body)), class_="scroll")
@@ -367,7 +367,7 @@ def _median(there: np.ndarray) -> float:
 
 def _trouble(passed: dict[str, Any]) -> str:
     told = [f"{passed['failed']} failed"] * bool(passed["failed"])
-    return ", ".join(told + [_plural(passed["workers_lost"], "worker") + " lost"] * bool(passed["workers_lost"]))
+    return ", ".join(told + [plural(passed["workers_lost"], "worker") + " lost"] * bool(passed["workers_lost"]))
 
 
 def _name(run: Run) -> str:
@@ -376,7 +376,3 @@ def _name(run: Run) -> str:
 
 def _path(path: str) -> str:
     return visible(path, PATH_CHARACTERS)
-
-
-def _plural(number_of: int, one: str, many: str = "") -> str:
-    return f"{count(number_of)} {one if number_of == 1 else many or one + 's'}"

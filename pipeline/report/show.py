@@ -26,6 +26,7 @@ from pipeline.report.format import count, number, visible
 from pipeline.report.rows import read_rows
 from pipeline.report.stored import Stored, quarantined
 from pipeline.report.terminal import console, text
+from pipeline.select.stage import stream
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,7 +60,7 @@ def print_rows(run_uri: str, kept: bool = True, by: str | None = None, lowest: b
     scores = [n for n in [*run.scores, "combined"] if run.store.exists("columns", n)]
     if by is not None and by not in scores:
         raise TamisError(f"--by {by}: the run has no score of that name; there are {', '.join(scores)}")
-    wanted = Wanted(kept, None if by is None else f"{by}.score", lowest, count, run.config["seed"])
+    wanted = Wanted(kept, None if by is None else f"{by}.score", lowest, count, stream(run.config["seed"], "show"))
     if by is None:
         order = np.argsort(mix64(np.array([s.index for s in shards], np.uint64)), kind="stable")
         shards = [shards[i] for i in order[:RANDOM_SHARDS]]

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.corpus.listing import expand
 from pipeline.corpus.storage import is_remote, resolve
-from pipeline.corpus.text import clean_text
+from pipeline.corpus.text import clean_text, is_text
 from pipeline.errors import ConfigError, CorpusError
 
 FORMATS = {"parquet": "parquet", "jsonl": "json", "ndjson": "json", "json": "json", "txt": "text"}
@@ -20,15 +20,23 @@ JSON_BLOCK = 64 << 20
 """Bytes that the JSON reader takes at once; a document must fit."""
 
 
-def identify(paths: Sequence[str], role: str) -> list[str]:
-    """Fingerprints of files: by content where they are local, by address, size and time on an object store.
+def locate(paths: Sequence[str], role: str) -> list[str]:
+    """Addresses, absolute so that they hold in any worker, of the files behind paths, directories and globs.
 
     `role` names the key of the configuration in errors. Raises ConfigError where there is no such file.
     """
+    try:
+        return [uri for uri, _, _ in expand(paths)]
+    except (CorpusError, OSError, ValueError) as error:
+        raise ConfigError(f"{role}: no such file: {', '.join(paths)}") from error
+
+
+def identify(uris: Sequence[str]) -> list[str]:
+    """Fingerprints of files: by content where they are local, by address, size and time on an object store."""
     import xxhash
 
     prints = []
-    for uri, size, mtime in _files(paths, role):
+    for uri, size, mtime in expand(uris):
         digest = xxhash.xxh3_128()
         if is_remote(uri):
             digest.update(f"{uri} {size} {mtime}".encode())
@@ -40,23 +48,16 @@ def identify(paths: Sequence[str], role: str) -> list[str]:
     return prints
 
 
-def read_seeds(paths: Sequence[str], column: str, role: str) -> pa.Array:
+def read_seeds(uris: Sequence[str], column: str, role: str) -> pa.Array:
     """Usable texts (large_string) of seed files, in order; nulls, blanks and what is not UTF-8 are left out.
 
     Raises ConfigError for a file of another format or without the column, and where no text is left.
     """
-    found = [clean_text(_read_file(uri, column, role))[0] for uri, _, _ in _files(paths, role)]
+    found = [clean_text(_read_file(uri, column, role))[0] for uri in uris]
     texts = pa.concat_arrays([t.cast(pa.large_string()).drop_null() for t in found])
     if len(texts) == 0:
-        raise ConfigError(f"{role}: the seed set is empty: no text in {', '.join(paths)}")
+        raise ConfigError(f"{role}: the seed set is empty: no text in {', '.join(uris)}")
     return texts
-
-
-def _files(paths: Sequence[str], role: str) -> list[tuple[str, int, int]]:
-    try:
-        return expand(paths)
-    except (CorpusError, OSError, ValueError) as error:
-        raise ConfigError(f"{role}: no such file: {', '.join(paths)}") from error
 
 
 def _read_file(uri: str, column: str, role: str) -> pa.Array:
@@ -85,4 +86,6 @@ def _read_file(uri: str, column: str, role: str) -> pa.Array:
         raise ConfigError(f"{role}: cannot read {uri!r}: {error}") from error
     if column not in table.column_names:
         raise ConfigError(f"{role}: {uri!r} has no column {column!r}; it has {', '.join(table.column_names)}")
+    if not is_text(table[column].type):
+        raise ConfigError(f"{role}: column {column!r} of {uri!r} is {table[column].type}, not text")
     return table[column].combine_chunks()

@@ -1,8 +1,9 @@
 """Rules of thumb for web text: Gopher repetition, Gopher quality, C4 and FineWeb, with datatrove's limits and verdicts.
 
 A row scores 1.0 where it passes every rule and 0.0 where one fires; `rule` names the first that did, in the words of
-datatrove's filters (`gopher_short_doc`, `top_2_gram`, `too_few_sentences`). C4 drops lines before it counts sentences,
-and FineWeb judges what C4 left, as in FineWeb's pipeline; but this is a score: the text itself is never rewritten.
+datatrove's filters (`gopher_short_doc`, `top_2_gram`, `too_few_sentences`), and is empty where none did. C4 drops
+lines before it counts sentences, and FineWeb judges what C4 left, as in FineWeb's pipeline; but this is a score: the
+text itself is never rewritten.
 
 A batch is judged whole, as arithmetic on the code points of all its texts (`pipeline.textrules`). Measured against
 datatrove 0.10.1 in docs/heuristics.md.
@@ -38,6 +39,8 @@ Count = Annotated[int, Field(ge=0)]
 Shares = dict[Annotated[int, Field(ge=1, le=64)], Share]
 
 FIELDS = pa.schema([("score", pa.float32()), ("rule", pa.string())])
+PASSED = ""
+"""The rule of a text for which none fired. (Null would mean that it was not judged.)"""
 PIECE_BYTES = 1 << 20
 """Text judged at once: its arrays stay in the processor's cache, and no row is larger than memory allows."""
 
@@ -115,7 +118,7 @@ class Heuristics(Score):
         """Scores and rules of a batch with the column `text`."""
         texts = batch.column("text").cast(pa.large_string())
         rules = pa.concat_arrays([pa.array([], pa.string()), *map(self._judge_piece, _pieces(texts))])
-        return pa.record_batch([pc.is_null(rules).cast(pa.float32()), rules], schema=FIELDS)
+        return pa.record_batch([pc.equal(rules, PASSED).cast(pa.float32()), rules], schema=FIELDS)
 
     def _judge_piece(self, texts: pa.Array) -> pa.Array:
         judge = _Judge(Docs.of(texts, self.segment_unspaced))
@@ -171,9 +174,7 @@ class Heuristics(Score):
         filled = starts < ends
         first, last = docs.chars[starts], docs.chars[ends - 1]
         bullets = filled & ((first == ord("•")) | (first == ord("-")))
-        three = (ends - starts >= 3) & (last == ord("."))
-        three &= (docs.chars[ends - 2] == ord(".")) & (docs.chars[ends - 3] == ord("."))
-        trailing = filled & (three | (last == ord("…")))
+        trailing = _end_in_ellipsis(docs, starts, ends) | (filled & (last == ord("…")))
         count = docs.tally(lines.docs)
         judge.above("gopher_too_many_bullets", docs.tally(lines.docs[bullets]), count, self.max_bullet_lines_ratio)
         judge.above(
@@ -190,7 +191,11 @@ class Heuristics(Score):
 
     def _c4(self, judge: _Judge) -> None:
         """Drops lines as C4 does, and leaves the judge with what remains of the texts."""
-        gone = "too_few_sentences" if self.min_num_sentences else "empty"
+        for step in (self._c4_drop_by_words, self._c4_drop_by_content, self._c4_count_sentences):
+            if judge.open.any():
+                step(judge, "too_few_sentences" if self.min_num_sentences else "empty")
+
+    def _c4_drop_by_words(self, judge: _Judge, gone: str) -> None:
         docs, lines = judge.docs, judge.docs.screen_lines
         first, stop = docs.chunks_in(lines)
         unspaced = docs.unspaced[lines.docs]
@@ -198,43 +203,45 @@ class Heuristics(Score):
         kept = words >= (self.min_words_per_line or 0)
         if self.max_word_length is not None:
             kept &= unspaced | (lines.count(docs.chunks.starts[docs.chunks.lengths > self.max_word_length]) == 0)
-        judge.keep(
-            Spans(*docs.strip(lines), lines.docs)[kept], gone, _citations(docs) if self.remove_citations else None
-        )
+        stripped = Spans(*docs.strip(lines), lines.docs)
+        judge.keep(stripped[kept], gone, _citations(docs) if self.remove_citations else None)
 
-        if not judge.open.any():
-            return
+    def _c4_drop_by_content(self, judge: _Judge, gone: str) -> None:
         docs, lines = judge.docs, judge.docs.lines
+
+        def lines_with(phrase: str) -> np.ndarray:
+            return lines.count(docs.find(phrase)) > 0
+
         drop = np.zeros(len(lines), bool)
         if self.filter_no_terminal_punct:
-            last, filled = docs.chars[lines.ends - 1], lines.lengths > 0
-            ellipsis = _runs(docs, ".")
-            ellipsis_ends = ellipsis.ends[ellipsis.lengths >= 3]
-            drop |= ~(filled & np.isin(last, list(map(ord, ".?!\"'")))) | np.isin(lines.ends, ellipsis_ends)
-        fatal = np.zeros((2, len(lines)), bool)
+            ends_well = (lines.lengths > 0) & np.isin(docs.chars[lines.ends - 1], list(map(ord, ".?!\"'")))
+            drop = ~ends_well | _end_in_ellipsis(docs, lines.starts, lines.ends)
+        lorem = np.zeros(len(lines), bool)
         if self.filter_lorem_ipsum:
-            fatal[0] = ~drop & (lines.count(docs.find("lorem ipsum")) > 0)
+            lorem = lines_with("lorem ipsum") & ~drop
         if self.filter_javascript:
-            drop |= lines.count(docs.find("javascript")) > 0
+            drop |= lines_with("javascript")
+        curly = np.zeros(len(lines), bool)
         if self.filter_curly_bracket:
-            fatal[1] = ~drop & (lines.count(docs.find("{")) > 0)
+            curly = lines_with("{") & ~drop
         for phrase in _POLICY if self.filter_policy else ():
-            drop |= lines.count(docs.find(phrase)) > 0
-        which = np.flatnonzero(fatal.any(axis=0))
-        texts, at = np.unique(lines.docs[which], return_index=True)  # the first such line of each text
-        for reason, guilty in zip(("lorem_ipsum", "curly_bracket"), (fatal[0], ~fatal[0]), strict=True):
-            judge.fail(reason, np.isin(np.arange(len(docs)), texts[guilty[which[at]]]))
+            drop |= lines_with(phrase)
+
+        guilty = np.flatnonzero(lorem | curly)
+        texts, first = np.unique(lines.docs[guilty], return_index=True)
+        by_lorem = lorem[guilty[first]]
+        for reason, which in (("lorem_ipsum", texts[by_lorem]), ("curly_bracket", texts[~by_lorem])):
+            judge.fail(reason, np.isin(np.arange(len(docs)), which))
         judge.keep(lines[~drop], gone)
 
-        if not judge.open.any():
-            return
+    def _c4_count_sentences(self, judge: _Judge, gone: str) -> None:
         docs = judge.docs
         if self.min_num_sentences:
             few = docs.tally(docs.lines.docs) < self.min_num_sentences  # a line is one sentence at least
             if few.any():
                 short = docs.select(few)
-                sentences = short.tally(short.lines.docs, count_sentences(split_words(short), short.lines))
-                few[few] = sentences < self.min_num_sentences
+                sentences = count_sentences(short, split_words(short), short.lines)
+                few[few] = short.tally(short.lines.docs, sentences) < self.min_num_sentences
             judge.fail("too_few_sentences", few)
         judge.keep(Spans(*docs.strip(docs.texts), np.arange(len(docs))), gone)
 
@@ -265,14 +272,15 @@ class _Judge:
     def __init__(self, docs: Docs) -> None:
         self.docs = docs
         self._rows = np.arange(len(docs))
-        self._fired = np.full(len(docs), -1)
-        self._names: list[str] = []
+        self._fired = np.zeros(len(docs), np.int32)
+        self._names = [PASSED]
         self._words: Words | None = None
 
     @property
     def open(self) -> np.ndarray:
         """Which of `docs` passed every rule so far."""
-        return self._fired[self._rows] < 0
+        passed: np.ndarray = self._fired[self._rows] == 0
+        return passed
 
     @property
     def words(self) -> Words:
@@ -300,20 +308,15 @@ class _Judge:
         """Go on with these spans of the open texts. A text that has none left fails as `gone`."""
         self.fail(gone, self.docs.tally(spans.docs) == 0)
         spans = spans[self.open[spans.docs]]
-        docs = self.docs
-        if (
-            removed is None
-            and (spans.lengths + 1).sum() == len(docs.chars)
-            and (docs.chars[spans.ends] == NEWLINE).all()
-        ):
-            return
+        separated = (self.docs.chars[spans.ends] == NEWLINE).all()
+        if removed is None and separated and (spans.lengths + 1).sum() == len(self.docs.chars):
+            return  # that is all there is
         self._rows = self._rows[self.open]
-        self.docs, self._words = docs.keep(spans, removed), None
+        self.docs, self._words = self.docs.keep(spans, removed), None
 
     def verdicts(self) -> pa.Array:
-        """Name of the first rule that fired for every text, null where none did."""
-        names = pa.array(self._names, pa.string())
-        return pa.DictionaryArray.from_arrays(pa.array(self._fired, mask=self._fired < 0), names).cast(pa.string())
+        """Name of the first rule that fired for every text, or `PASSED`."""
+        return pa.array(self._names, pa.string()).take(pa.array(self._fired))
 
 
 def _pieces(texts: pa.Array) -> Iterator[pa.Array]:
@@ -331,6 +334,14 @@ def _runs(docs: Docs, character: str) -> Spans:
     first = np.diff(at, prepend=-2) > 1
     starts, ends = at[first], at[np.append(first[1:], True)[: len(at)]] + 1
     return Spans(starts, ends, np.searchsorted(docs.ends, starts))
+
+
+def _end_in_ellipsis(docs: Docs, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Which spans end in three dots."""
+    dots: np.ndarray = ends - starts >= 3
+    for back in (1, 2, 3):
+        dots &= docs.chars[ends - back] == ord(".")
+    return dots
 
 
 def _citations(docs: Docs) -> Spans:

@@ -62,11 +62,18 @@ def split_words(docs: Docs) -> Words:
     return Words(starts, ends, owner, digests, bits, first)
 
 
-def count_sentences(words: Words, lines: Spans) -> np.ndarray:
-    """Sentences of every line, at least 1. One begins at a word behind a full stop and any quotes or brackets."""
+def count_sentences(docs: Docs, words: Words, lines: Spans) -> np.ndarray:
+    """Sentences of every line, at least 1. One begins behind a full stop and any quotes or brackets, at the next word
+    or at white space of more than one blank."""
+    line = np.searchsorted(lines.starts, words.starts, "right") - 1
     stop = (words.lengths == 1) & ((words.kinds & kinds.SENTENCE_END) != 0)
-    telling = np.flatnonzero(stop | ((words.kinds & kinds.NOT_PUNCTUATION) != 0))
-    stop, line = stop[telling], np.searchsorted(lines.starts, words.starts[telling], "right") - 1
+    telling = stop | ((words.kinds & kinds.NOT_PUNCTUATION) != 0)
+    gap = words.starts[1:] - words.ends[:-1]
+    wide = (line[1:] == line[:-1]) & ((gap > 1) | ((gap == 1) & (docs.chars[words.ends[:-1]] != ord(" "))))
+
+    order = np.argsort(np.concatenate([words.starts[telling], words.ends[:-1][wide]]))
+    stop = np.concatenate([stop[telling], np.zeros(np.count_nonzero(wide), bool)])[order]
+    line = np.concatenate([line[telling], line[:-1][wide]])[order]
     begins = stop[:-1] & ~stop[1:] & (line[:-1] == line[1:])
     return 1 + np.bincount(line[1:][begins], minlength=len(lines))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,9 @@ from pipeline.embed.open_clip import CONFIG, OpenClip
 from pipeline.engine.pool import InlinePool
 from pipeline.errors import TamisError
 from pipeline.run import Run
+
+if TYPE_CHECKING:
+    from .conftest import Hub
 
 open_clip = pytest.importorskip("open_clip")
 torch = pytest.importorskip("torch")
@@ -45,7 +48,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def embedded(directory: Path, texts: list[str], **fields: Any) -> np.ndarray:
     pq.write_table(pa.table({"text": texts}), directory / "corpus.parquet")
-    config = {"corpus": {"path": str(directory / "corpus.parquet")}, "scores": ["density"], "run": str(directory / "run")}
+    config = {
+        "corpus": {"path": str(directory / "corpus.parquet")},
+        "scores": ["density"],
+        "run": str(directory / "run"),
+    }
     config |= {"embed": {"kind": "open_clip", **fields}, "select": {"budget": {"rows": 1}}}
     with Run(parse(config), InlinePool, quiet=True) as run:
         run.materialize([row_column(False, None)])
@@ -90,7 +97,21 @@ def test_a_checkpoint_with_code_is_not_read(tmp_path: Path) -> None:
         embedded(tmp_path, TEXTS, model=SMALL, pretrained=str(tmp_path / "code.pt"))
 
 
-def test_a_tag_is_fetched_only_when_named_and_an_unknown_one_lists_those_there_are(tmp_path: Path) -> None:
+def test_a_tag_is_fetched_by_open_clip_itself(tmp_path: Path, hub: Hub) -> None:
+    place = open_clip.get_pretrained_cfg("ViT-B-32", "openai")["hf_hub"].strip("/")
+    hub.put(place, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+    (tmp_path / "encoder").mkdir()
+    code = """
+from pipeline.embed.open_clip import _fetch_tag
+_fetch_tag("ViT-B-32", "openai", Path(sys.argv[1]))
+_fetch_tag("ViT-B-32", "laion2b_s34b_b79k", Path(sys.argv[1]))"""
+    done = hub.run(code, tmp_path / "encoder")
+    assert "cannot fetch ViT-B-32 laion2b_s34b_b79k" in done.stderr
+    assert "fetch it yourself and give the file as `pretrained`" in done.stderr
+    assert (tmp_path / "encoder/weights.safetensors").read_text() == "open_clip_model.safetensors"
+
+
+def test_an_unknown_tag_lists_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(TamisError, match="ViT-B-32 has no tag 'nope', only openai, "):
         embedded(tmp_path, TEXTS, model="ViT-B-32", pretrained="nope")
 

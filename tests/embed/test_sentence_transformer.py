@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import http.server
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +20,9 @@ from pipeline.embed._models import check_installed, folder_digest, is_hub
 from pipeline.embed.sentence_transformer import Encoder, SentenceTransformer, padded_lengths, pooling_of
 from pipeline.engine.pool import InlinePool
 from pipeline.run import Run
+
+if TYPE_CHECKING:
+    from .conftest import Hub
 
 TEXTS = [
     "A man is eating food.",
@@ -97,7 +92,9 @@ def test_a_long_row_is_the_token_weighted_mean_of_its_windows(encoder: Encoder) 
     windows = [[cls, *ids[i : i + 254], sep] for i in range(0, len(ids), 254)]
     with torch.no_grad():
         tokens = torch.cat([encoder.model(torch.tensor([w])).last_hidden_state[0] for w in windows])
-    np.testing.assert_allclose(unit(encoder([TEXTS[4]], 64, 16384)), unit(tokens.mean(0, keepdim=True).numpy()), atol=1e-5)
+    np.testing.assert_allclose(
+        unit(encoder([TEXTS[4]], 64, 16384)), unit(tokens.mean(0, keepdim=True).numpy()), atol=1e-5
+    )
     first = tokens[: len(windows[0])].mean(0, keepdim=True).numpy()
     np.testing.assert_allclose(unit(encoder(["x", TEXTS[4]], 1, 16384))[1:], unit(first), atol=1e-5)
 
@@ -114,7 +111,11 @@ def test_cls_pooling_is_the_first_token(folder: Path, encoder: Encoder) -> None:
 def embedded(directory: Path, model: str, **fields: Any) -> pa.Table:
     directory.mkdir(exist_ok=True)
     pq.write_table(pa.table({"text": [*TEXTS, None]}), directory / "corpus.parquet")
-    config = {"corpus": {"path": str(directory / "corpus.parquet")}, "scores": ["density"], "run": str(directory / "run")}
+    config = {
+        "corpus": {"path": str(directory / "corpus.parquet")},
+        "scores": ["density"],
+        "run": str(directory / "run"),
+    }
     config |= {"embed": {"kind": "sentence_transformer", "model": model, **fields}, "select": {"budget": {"rows": 1}}}
     with Run(parse(config | {"engine": {"max_bad_fraction": 1}}), InlinePool, quiet=True) as run:
         run.materialize([row_column(False, None)])
@@ -190,10 +191,14 @@ def test_a_module_that_would_be_left_out_is_an_error(tmp_path: Path) -> None:
 
 
 def test_errors_at_the_door(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"needs no_such_module, which is not installed: pip install 'tamis\[models\]'"):
+    with pytest.raises(
+        ValueError, match=r"needs no_such_module, which is not installed: pip install 'tamis\[models\]'"
+    ):
         check_installed("embed.kind sentence_transformer", "models", "json", "no_such_module")
     pytest.importorskip("torch")
-    with pytest.raises(ValidationError, match="there is no folder 'org/name'; a model of the hub is written hf://org/name"):
+    with pytest.raises(
+        ValidationError, match="there is no folder 'org/name'; a model of the hub is written hf://org/name"
+    ):
         SentenceTransformer(model="org/name")
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValidationError, match=r"holds no \*\.safetensors"):
@@ -208,77 +213,18 @@ def test_names_of_the_hub(name: str, there: bool) -> None:
             is_hub(wrong)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as fetching a snapshot takes."""
-
-    def __init__(self, root: Path, asked: list[str], *args: Any) -> None:
-        self.root, self.asked = root, asked
-        super().__init__(*args)
-
-    def do_GET(self) -> None:
-        self.reply(body=True)
-
-    def do_HEAD(self) -> None:
-        self.reply(body=False)
-
-    def reply(self, body: bool) -> None:
-        self.asked.append(self.path)
-        files = {p.relative_to(self.root).as_posix(): p for p in self.root.rglob("*") if p.is_file()}
-        path = self.path.partition("?")[0]
-        headers = {"X-Repo-Commit": "c" * 40}
-        if path.startswith("/api/models/org/name"):
-            tree = [{"type": "file", "path": n, "size": p.stat().st_size, "oid": "0" * 40} for n, p in files.items()]
-            info = {"id": "org/name", "sha": "c" * 40, "siblings": [{"rfilename": n} for n in files]}
-            content = json.dumps(tree if "/tree/" in path else info).encode()
-            headers["Content-Type"] = "application/json"
-        elif path.startswith("/org/name/resolve/") and (name := path.split("/", 5)[5]) in files:
-            content = files[name].read_bytes()
-            headers["ETag"] = f'"{hashlib.sha1(content).hexdigest()}"'
-        else:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        for key, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(key, value)
-        self.end_headers()
-        if body:
-            self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    """Address of a hub on loopback, the folder of its one model, and what was asked of it."""
-    root, asked = tmp_path / "hub", list[str]()
-    root.mkdir()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, root, asked))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", root, asked
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_model_of_the_hub_is_fetched_without_code_or_pickles(tmp_path: Path, hub: tuple[str, Path, list[str]]) -> None:
-    address, root, asked = hub
-    (root / "1_Pooling").mkdir()
-    for name in ("config.json", "model.safetensors", "1_Pooling/config.json", "pytorch_model.bin", "modeling.py"):
-        (root / name).write_text(name)
+def test_a_model_of_the_hub_is_fetched_without_code_or_pickles(tmp_path: Path, hub: Hub) -> None:
+    hub.put("org/name", "config.json", "model.safetensors", "1_Pooling/config.json", "pytorch_model.bin", "modeling.py")
     (tmp_path / "model").mkdir()
-    script = "import sys, pathlib; from pipeline.embed._models import _fetch; _fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
-
-    def fetch(model: str) -> subprocess.CompletedProcess[str]:
-        # The client reads its environment when it is imported, hence a process of its own.
-        env = os.environ | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
-        command = [sys.executable, "-c", script, model, str(tmp_path / "model")]
-        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-
-    done = fetch("hf://org/name")
+    done = hub.run(
+        "from pipeline.embed._models import _fetch; _fetch('hf://org/name@main', Path(sys.argv[1]))", tmp_path / "model"
+    )
     assert done.returncode == 0, done.stderr
     found = {p.relative_to(tmp_path / "model").as_posix() for p in (tmp_path / "model").rglob("*") if p.is_file()}
     assert found == {"config.json", "model.safetensors", "1_Pooling/config.json"}
-    assert not [path for path in asked if "resolve" in path and (".bin" in path or ".py" in path)]
-    missing = fetch("hf://org/other")
+    assert not [path for path in hub.asked if "resolve" in path and (".bin" in path or ".py" in path)]
+    missing = hub.run(
+        "from pipeline.embed._models import _fetch; _fetch('hf://org/other', Path(sys.argv[1]))", tmp_path / "model"
+    )
     assert "cannot fetch hf://org/other" in missing.stderr
     assert "fetch it yourself and give its folder as `model`" in missing.stderr

@@ -253,6 +253,7 @@ def test_a_moved_seed_file_is_the_same_seed_file(tmp_path: Path) -> None:
         ({"model": SEEDS["positives"]}, "is not a fastText model"),
         ({"positives": "{tmp}/empty.txt"}, r"the seed set is empty: no text in .*empty\.txt"),
         ({"positives": "{tmp}/notes.pdf"}, r"is not a \.parquet, \.jsonl or \.txt file"),
+        ({"positives": "{tmp}/numbers.jsonl"}, "column 'text' of .* is int64, not text"),
         ({"positives": "{tmp}/broken.jsonl"}, r"cannot read .*broken\.jsonl"),
         ({"positives": SEEDS["positives"], "seed_text": "body"}, "has no column 'body'; it has id, text, source"),
     ],
@@ -262,6 +263,7 @@ def test_seeds_and_models_that_cannot_be_used_are_errors_that_say_which(
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "notes.pdf").write_text("text")
+    (tmp_path / "numbers.jsonl").write_text('{"text": 1}\n')
     (tmp_path / "broken.jsonl").write_text("{not json")
     quality = {k: v.replace("{tmp}", str(tmp_path)) for k, v in quality.items()}
     with pytest.raises(TamisError, match=message):
@@ -269,8 +271,9 @@ def test_seeds_and_models_that_cannot_be_used_are_errors_that_say_which(
 
 
 def test_a_model_without_the_label_is_an_error_that_lists_its_labels(tmp_path: Path, trained: Path) -> None:
+    fitted(tmp_path, {"model": str(trained)})
     with pytest.raises(TamisError, match=r"has no label '__label__good'; it has .*__label__cc"):
-        fitted(tmp_path, {"model": str(trained), "label": "__label__good"})
+        fitted(tmp_path, {"model": str(trained), "label": "__label__good"})  # though the model is in the run already
 
 
 @pytest.mark.parametrize(

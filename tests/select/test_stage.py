@@ -22,8 +22,9 @@ from pipeline.errors import ConfigError, TamisError
 from pipeline.recipe import Column, Transform
 from pipeline.run import Run
 from pipeline.scores.base import Score
+from pipeline.select.combine import gumbel
 from pipeline.select.config import Select
-from pipeline.select.stage import Selection, select
+from pipeline.select.stage import Selection, select, stream
 from pipeline.select.subset import subset
 
 
@@ -168,6 +169,12 @@ def test_the_prefix_rule_and_skip_on_tokens(sieve: Any) -> None:
         job.select(budget={"bytes": 1999})
 
 
+def test_ties_of_which_none_fits_are_below_the_threshold(sieve: Any) -> None:
+    job = sieve({"text": texts([1, 10, 10]), "a": f32([5, 3, 3])})
+    found = job.select(budget={"tokens": 6})
+    assert (found.reasons, found.next_row) == ({"below_threshold": 2, "kept": 1}, 10)
+
+
 def test_a_budget_above_at_and_below_the_corpus(sieve: Any) -> None:
     job = sieve({"a": f32([1, 2, np.nan, 4])})
     with pytest.raises(ConfigError, match=r"4 is more than the corpus has, 3 rows without quarantined rows"):
@@ -209,6 +216,10 @@ def test_combined_scores_are_stored_and_their_order_is_kept(sieve: Any) -> None:
 def test_a_temperature_draws_and_its_extremes_are_the_cut_and_chance(sieve: Any) -> None:
     scores = f32(np.arange(200))
     job = sieve({"a": scores})
+    job.select(budget={"rows": 50}, temperature=20.0, seed=9)
+    keys = job.column("row")["key"].combine_chunks()
+    drawn = scores / 20 + gumbel(keys, stream(9, "draw"))
+    assert job.column("combined")["score"].to_numpy() == pytest.approx(drawn, rel=1e-6)
     cold, warm = [], []
     for seed in range(3):
         job.select(budget={"rows": 50}, temperature=1e-3, seed=seed)

@@ -130,7 +130,11 @@ def test_negative_weights_overflow_and_nan_are_refused(memory_run: Any) -> None:
         exact(memory_run.of({"a.score": np.array([1, np.nan], np.float32)}), Ranking(("a.score",)), of(1))
 
 
-def test_sums_of_weights_are_exact_where_float64_is_not(memory_run: Any) -> None:
+@pytest.mark.parametrize("listed", [1, 100])
+def test_sums_of_weights_are_exact_where_float64_is_not(
+    memory_run: Any, listed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threshold, "LISTED", listed)
     weights = np.array([2**60 + 1, 2**60 + 1, 1, 1])
     run = memory_run.of({"a.score": np.array([4, 4, 4, 4], np.float32), "row.bytes": weights})
     _, cut = kept(run, Ranking(("a.score",), unit="row.bytes", seed=SEED), int(weights.sum()) - 1)
@@ -297,6 +301,13 @@ def test_leftovers_of_groups_are_spent_to_within_a_row(
         whole = sum(min(b, t) for b, t in zip(budget, plain.totals.weight, strict=True))
         assert spent <= sum(budget)
         assert spent + cut.next_weight > sum(budget) or whole < sum(budget) or after.all()
+
+
+def test_the_least_excess_is_rounded_up_first(memory_run: Any) -> None:
+    columns = {"a.score": np.array([4, 3, 4, 3], np.float32), "row.tokens": np.array([8, 3, 6, 9])}
+    run = memory_run.of(columns | {"concept.concept": np.array([0, 0, 1, 1], np.int32)})
+    keep, cut = kept(run, Ranking(("a.score",), "row.tokens", group="concept.concept", groups=2), 10, 10)
+    assert (keep.tolist(), cut.weight.tolist(), cut.next_weight) == ([True, True, True, False], [11, 6], 9)
 
 
 def test_masks_floors_and_lines_beyond_leave_rows_out(memory_run: Any) -> None:

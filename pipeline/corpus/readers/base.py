@@ -11,6 +11,7 @@ blank, not UTF-8, too large) is decided after the reader, once for all formats.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -39,6 +40,8 @@ RAW = 64 << 10
 """Bytes of a rejected record that quarantine keeps; the source, which stays as it is, has the rest."""
 RUNAWAY = 64
 """A record this many times longer than a record may be ends the file: a decompression bomb or another format."""
+DAMAGE = re.compile(r"compressed stream|decompress|inflate|WARC|Expected to be able to read")
+"""What Arrow and FastWARC say of bad bytes, which they raise as OSError, like a lost connection."""
 TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 
 
@@ -191,6 +194,12 @@ def line_blocks(stream: Any, limit: int, block: int = BLOCK) -> Iterator[Lines]:
         chunk = stream.read(block)
     if data := b"".join(held):
         yield Lines(data, 1, first, offset)
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether a try later may end better: trouble on the way to the bytes, not with the bytes themselves."""
+    lasting = isinstance(error, FileNotFoundError | PermissionError) or DAMAGE.search(str(error))
+    return isinstance(error, OSError) and not lasting
 
 
 def too_large(limit: int) -> str:

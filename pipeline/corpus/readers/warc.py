@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.corpus.readers.base import BLOCK, RAW, Batch, IngestOptions, Reject, Source, too_large
+from pipeline.corpus.readers.base import BLOCK, RAW, Batch, IngestOptions, Reject, Source, may_pass, too_large
 from pipeline.corpus.readers.extract import Extractor, PageError, extractor
 from pipeline.errors import CorpusError
 
@@ -92,7 +92,8 @@ def read(source: Source, options: IngestOptions, fields: pa.Schema) -> Iterator[
                     yield rows.batch(fields)
                     rows = _Rows()
         except OSError as error:
-            raise CorpusError(f"{'after' if number else 'not WARC: before'} record {number or 1}: {error}") from error
+            message = f"{f'after record {number}' if number else 'not WARC, or damaged'}: {error}"
+            raise CorpusError(message) from (error if may_pass(error) else None)
         if stream.place and stream.tail != b"\r\n\r\n":
             raise CorpusError(f"ends inside record {number}: truncated")
         yield rows.batch(fields)
@@ -142,7 +143,7 @@ class _Page:
         try:
             body: bytes = self.reader.read(limit + 1)
         except OSError as error:
-            raise PageError(f"undecodable body: {error}") from error
+            raise PageError(f"undecodable HTTP: {error}") from error
         if len(body) > limit:
             raise PageError(too_large(limit))
         return body
