@@ -38,7 +38,7 @@ R = TypeVar("R", bound=Recipe)
 
 
 def recipe_class(package: str, base: type[R], kind: str) -> type[R]:
-    """The class behind a `kind`. Raises ValueError that lists the kinds there are, or says what a user's module lacks."""
+    """The class behind a `kind`. Raises ValueError that lists the kinds, or says what a user's module lacks."""
     if ":" in kind:
         module_name, name = kind.split(":", 1)
         try:
@@ -295,9 +295,14 @@ def _hint(word: str, words: list[str]) -> str:
 def json_schema() -> dict[str, Any]:
     """JSON schema of the whole configuration, every built-in recipe included, for editors."""
     fields: dict[str, Any] = {"run": (str, Field("", description="run directory (default: runs/<name of the file>)"))}
-    for key, package, base in (("embed", "pipeline.embed", Embed), ("scores", "pipeline.scores", Score)):
-        classes: list[Any] = [recipe_class(package, base, kind) for kind in kinds(package)]  # type: ignore[type-abstract]  # neither is
-        union = Annotated[reduce(or_, classes), Field(discriminator="kind")]  # type: ignore[valid-type]  # known at run time
-        fields[key] = (list[union], Field(min_length=1)) if key == "scores" else (union | None, None)  # type: ignore[valid-type, operator]  # likewise
+    bases: list[tuple[str, str, Any]] = [
+        ("embed", "pipeline.embed", Embed),
+        ("scores", "pipeline.scores", Score),
+    ]
+    for key, package, base in bases:
+        classes: list[Any] = [recipe_class(package, base, kind) for kind in kinds(package)]
+        union: Any = reduce(or_, classes)
+        recipe = Annotated[union, Field(discriminator="kind")]
+        fields[key] = (list[recipe], Field(min_length=1)) if key == "scores" else (recipe | None, None)
     whole = create_model("Configuration", __base__=Config, **fields)
     return whole.model_json_schema()

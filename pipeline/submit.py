@@ -33,7 +33,8 @@ def submit_job(config: str, address: str, overrides: list[str], run: str | None)
     for key, location in [("run", checked.run), *(("corpus.path", p) for p in checked.corpus.paths)]:
         if not (is_remote(location) or os.path.isabs(location)):
             raise ConfigError(
-                f"{key}: {location!r} is relative, but a job starts in a directory of its own: give a path or URI that the cluster knows"
+                f"{key}: {location!r} is relative, but a job starts in a directory of its own: "
+                "give a path or URI that the cluster knows"
             )
     if _has_token():
         os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's client sends a token only where the mode says so

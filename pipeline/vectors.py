@@ -7,6 +7,7 @@ is null there, with the reason in `quarantine`.
 from __future__ import annotations
 
 import os
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,9 @@ from pipeline.recipe import QUARANTINE
 
 BLOCK = 512
 """Rows whose nearest points are gathered at once: 512 x 384 float32 stay in a core's cache."""
+
+
+CORE_TYPE = "OPENBLAS_CORETYPE"
 
 
 def vector_schema(dims: int) -> pa.Schema:
@@ -49,7 +53,7 @@ def unit_vectors(x: np.ndarray, reasons: np.ndarray | None = None) -> pa.RecordB
     mask = pa.array(refused) if refused.any() else None
     vectors = pa.FixedSizeListArray.from_arrays(flat, x.shape[1], mask=mask)
     return pa.record_batch(
-        [vectors, pa.array(np.where(refused, reasons, None), pa.string())], schema=vector_schema(x.shape[1])
+        [vectors, pa.array(reasons, pa.string(), mask=~refused)], schema=vector_schema(x.shape[1])
     )
 
 
@@ -59,19 +63,33 @@ def load_faiss() -> ModuleType:
     The wheels of faiss-cpu carry an OpenBLAS of 2021, which takes a CPU that it does not know for one of 2004 and then
     multiplies matrices with SSE3 (4 to 5 times slower on a Xeon of 2023). NumPy's own OpenBLAS knows, and is asked.
     """
-    if "OPENBLAS_CORETYPE" not in os.environ:
+    if "faiss" not in sys.modules and CORE_TYPE not in os.environ:
         from threadpoolctl import threadpool_info
 
         numpy_blas = [i for i in threadpool_info() if i["internal_api"] == "openblas" and "numpy" in i["filepath"]]
         if numpy_blas:
             newer = {"SapphireRapids": "SkylakeX"}  # kernels that the old library lacks: the nearest that it has
             core = numpy_blas[0]["architecture"]
-            os.environ["OPENBLAS_CORETYPE"] = newer.get(core, core)
+            os.environ[CORE_TYPE] = newer.get(core, core)
+            import faiss
+
+            # SciPy's OpenBLAS would obey it too, where it is loaded later: results would depend on the order of imports.
+            del os.environ[CORE_TYPE]
     import faiss
 
     faiss.omp_set_num_threads(threads.cpus())
     module: ModuleType = faiss
     return module
+
+
+def as_float32(vectors: np.ndarray) -> np.ndarray:
+    """(n, d) float16 or float32 as contiguous float32; FAISS converts with all threads, NumPy with one."""
+    if vectors.dtype != np.float16:
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+    faiss = load_faiss()
+    codec = faiss.ScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16)
+    decoded: np.ndarray = codec.decode(np.ascontiguousarray(vectors).view(np.uint8))
+    return decoded
 
 
 def flat_index(points: np.ndarray) -> Any:
@@ -88,11 +106,10 @@ def nearest(vectors: np.ndarray, points: np.ndarray, index: Any) -> tuple[np.nda
     the same batch, as matrix products do in their last bits, and holds for the vector as it is stored, whose norm
     float16 leaves off by up to 5e-4.
     """
-    x = np.ascontiguousarray(vectors, dtype=np.float32)
+    x = as_float32(vectors)
     found = index.search(x, 1)[1][:, 0].astype(np.int32)
     cosine = np.empty(len(x), np.float32)
     for start in range(0, len(x), BLOCK):
         rows = slice(start, start + BLOCK)
-        squares = np.einsum("ij,ij->i", x[rows], x[rows])
-        cosine[rows] = np.einsum("ij,ij->i", x[rows], points[found[rows]]) / np.sqrt(squares)
+        cosine[rows] = np.vecdot(x[rows], points[found[rows]]) / np.sqrt(np.vecdot(x[rows], x[rows]))
     return found, np.clip(1.0 - cosine, 0.0, 2.0)

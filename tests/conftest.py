@@ -1,4 +1,4 @@
-"""What tests share: real data where it is there, small corpora, one Ray for the whole session, runs on either engine."""
+"""What tests share: real data where it is there, small corpora, one Ray a session, runs on either engine."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from pipeline.config import EngineConfig, parse
 from pipeline.engine.connect import connect
 from pipeline.engine.pool import InlinePool, Pool, RayPool
@@ -19,8 +20,8 @@ from pipeline.run import Run
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # actors import `toys`: Ray hands them the driver's path
 
-RAY_CPUS = 4
-"""Cores that Ray believes in, so that four workers run side by side on any machine."""
+RAY_CPUS = 6
+"""Cores that Ray believes in, so that four workers and the lasting two run side by side on any machine."""
 
 RowsOf = Callable[[int, int], dict[str, Any]]
 
@@ -80,7 +81,7 @@ def any_pool(request: pytest.FixtureRequest) -> Callable[[], Pool]:
 
 @pytest.fixture
 def write_corpus(tmp_path: Path) -> Callable[..., Path]:
-    """`write_corpus(files=3, rows=20, groups=2)` writes files `f00.parquet`, ... of `id` and `text`, returns their folder.
+    """`write_corpus(files=3, rows=20, groups=2)` writes `f00.parquet`, ... of `id` and `text`; returns the folder.
 
     `rows_of(file, rows)` gives other columns; each file has `groups` row groups.
     """

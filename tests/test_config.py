@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from pipeline.config import json_schema, kinds, load, parse
 from pipeline.errors import ConfigError
 
@@ -92,14 +93,16 @@ def test_an_override_that_fits_nowhere_is_refused(tmp_path: Path, override: str)
 
 
 def test_a_missing_file_is_an_error_that_names_it() -> None:
-    with pytest.raises(ConfigError, match="nowhere.yaml"):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load("nowhere.yaml")
 
 
 def test_the_schema_for_editors_knows_every_built_in_kind() -> None:
     schema = json_schema()
     text = str(schema)
-    assert all(f"'const': '{kind}'" in text for package in ("pipeline.scores", "pipeline.embed") for kind in kinds(package))
+    assert all(
+        f"'const': '{kind}'" in text for package in ("pipeline.scores", "pipeline.embed") for kind in kinds(package)
+    )
     assert schema["additionalProperties"] is False
 
 

@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from pipeline import curate
 from pipeline.config import parse
 from pipeline.engine.pool import InlinePool, RayPool
@@ -46,13 +47,14 @@ def digests(run: Path) -> dict[str, str]:
     kinds = ("columns", "artifacts", "curated", "handoff", "quarantine")
     files = [f for kind in kinds for f in sorted((run / kind).rglob("*")) if f.is_file()]
     return {
-        str(f.relative_to(run)): hashlib.sha256(f.read_bytes().replace(str(run).encode(), b"RUN")).hexdigest() for f in files
+        str(f.relative_to(run)): hashlib.sha256(f.read_bytes().replace(str(run).encode(), b"RUN")).hexdigest()
+        for f in files
     }
 
 
 def texts(directory: Path, rows: int, files: int = 2) -> Path:
     rng = np.random.default_rng(0)
-    words = np.array("sieve corpus model budget token concept shard vector quality row".split())
+    words = np.array(["sieve", "corpus", "model", "budget", "token", "concept", "shard", "vector", "quality", "row"])
     for i in range(files):
         body = [" ".join(rng.choice(words, 40)) + f" {i} {j}" for j in range(rows)]
         directory.mkdir(exist_ok=True)
@@ -208,7 +210,11 @@ def test_a_file_that_cannot_be_read_is_listed_and_the_rest_goes_on(tmp_path: Pat
         ({"corpus": {"path": "CORPUS", "text": "body"}}, ConfigError, "corpus.text: the corpus has no column 'body'"),
         ({"corpus": {"path": "CORPUS", "id": "key"}}, ConfigError, "corpus.id: the corpus has no column 'key'"),
         ({"scores": [{"kind": "quality", "model": "no/model.bin"}]}, ConfigError, "no/model.bin"),
-        ({"embed": {"kind": "sentence_transformer", "model": "./no-model"}, "cluster": {"k": 2}}, ConfigError, "no-model"),
+        (
+            {"embed": {"kind": "sentence_transformer", "model": "./no-model"}, "cluster": {"k": 2}},
+            ConfigError,
+            "no-model",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_before_work_starts(
@@ -224,7 +230,9 @@ def test_what_cannot_work_is_said_before_work_starts(
 
 def test_a_corpus_without_rows_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
-    pq.write_table(pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}), tmp_path / "corpus/a.parquet")
+    pq.write_table(
+        pa.table({"id": pa.array([], pa.string()), "text": pa.array([], pa.string())}), tmp_path / "corpus/a.parquet"
+    )
     with pytest.raises(CorpusError, match="no rows"):
         curate(simple(tmp_path / "run", tmp_path / "corpus"), quiet=True)
 
@@ -246,7 +254,9 @@ def test_vectors_that_are_no_vectors_are_quarantined(tmp_path: Path) -> None:
     (tmp_path / "corpus").mkdir()
     vectors = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
     vectors[7], vectors[9] = np.nan, 0
-    table = pa.table({"text": [f"text {i}" for i in range(60)], "v": pa.FixedSizeListArray.from_arrays(vectors.ravel(), 4)})
+    table = pa.table(
+        {"text": [f"text {i}" for i in range(60)], "v": pa.FixedSizeListArray.from_arrays(vectors.ravel(), 4)}
+    )
     pq.write_table(table, tmp_path / "corpus/a.parquet")
     config = configuration(
         tmp_path / "run",
@@ -261,7 +271,10 @@ def test_vectors_that_are_no_vectors_are_quarantined(tmp_path: Path) -> None:
     held = pl.read_parquet(f"{tmp_path}/run/quarantine/embed/*.parquet")
     assert sorted(held["row"]) == [7, 9]
     with pytest.raises(TooManyBadRows, match="max_bad_fraction"):
-        curate(config | {"engine": {"address": "inline", "max_bad_fraction": 0.01}, "run": str(tmp_path / "strict")}, quiet=True)
+        curate(
+            config | {"engine": {"address": "inline", "max_bad_fraction": 0.01}, "run": str(tmp_path / "strict")},
+            quiet=True,
+        )
 
 
 def test_a_changed_recipe_recomputes_what_depends_on_it(tmp_path: Path, undisturbed: Path) -> None:
@@ -270,7 +283,9 @@ def test_a_changed_recipe_recomputes_what_depends_on_it(tmp_path: Path, undistur
     run = tmp_path / "run"
     shutil.copytree(undisturbed, run)
     changed = configuration(run)
-    changed["scores"] = [s if s["kind"] != "length" else {"kind": "length", "prefer": "short"} for s in changed["scores"]]
+    changed["scores"] = [
+        s if s["kind"] != "length" else {"kind": "length", "prefer": "short"} for s in changed["scores"]
+    ]
     curate(changed, quiet=True)
     computed = {n: c["computed"] for n, c in json.loads((run / "manifest.json").read_text())["columns"].items()}
     shards = json.loads((run / "manifest.json").read_text())["corpus"]["shards"]

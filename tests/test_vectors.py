@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.vectors import flat_index, matrix, nearest, unit_vectors, vector_schema
+from pipeline.vectors import as_float32, flat_index, matrix, nearest, unit_vectors, vector_schema
 
 
 def unit(rng: np.random.Generator, rows: int, dims: int) -> np.ndarray:
@@ -62,6 +62,12 @@ def test_distance_does_not_depend_on_the_batch() -> None:
         pieces = [nearest(x[i : i + step], points, index) for i in range(0, len(x), step)]
         np.testing.assert_array_equal(np.concatenate([p[0] for p in pieces]), found)
         np.testing.assert_array_equal(np.concatenate([p[1] for p in pieces]), distance)
+
+
+def test_float16_becomes_float32_exactly() -> None:
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    finite = every[np.isfinite(every)].reshape(-1, 8)
+    np.testing.assert_array_equal(as_float32(finite), finite.astype(np.float32))
 
 
 def test_distance_forgives_the_rounding_of_float16() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from pipeline.recipe import Column, Resources, State, Transform, fingerprint
 
 SCORE = pa.schema([("score", pa.float32())])

@@ -27,7 +27,7 @@ from pydantic import Field
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe, State, fingerprint
 from pipeline.sample import Sample, draw, needs_fit
-from pipeline.vectors import flat_index, load_faiss, matrix, nearest
+from pipeline.vectors import as_float32, flat_index, load_faiss, matrix, nearest
 
 if TYPE_CHECKING:
     from pipeline.run import Artifact, Run
@@ -134,7 +134,7 @@ def lloyd_step(vectors: np.ndarray, points: np.ndarray) -> State:
     sums, rows, total = np.zeros((k, dims)), np.zeros(k, np.int64), 0.0
     index = flat_index(points)
     for start in range(0, len(vectors), STEP_ROWS):
-        x = vectors[start : start + STEP_ROWS].astype(np.float32)
+        x = as_float32(vectors[start : start + STEP_ROWS])
         concept, distance = nearest(x, points, index)
         order = np.argsort(concept, kind="stable")
         present, first = np.unique(concept[order], return_index=True)
@@ -151,7 +151,7 @@ def spherical_kmeans(vectors: np.ndarray, k: int, iterations: int, seed: int) ->
     An empty concept takes half of a large one on the way; what is empty or without direction at the end is dropped.
     """
     faiss = load_faiss()
-    x = np.ascontiguousarray(vectors, dtype=np.float32)
+    x = as_float32(vectors)
     fit = faiss.Kmeans(x.shape[1], k, niter=iterations, spherical=True, seed=seed & 0x7FFFFFFF)
     fit.cp.min_points_per_centroid, fit.cp.max_points_per_centroid = 1, len(x)  # the sample has been drawn already
     fit.train(x)

@@ -35,8 +35,8 @@ Task = Callable[[Any, int], dict[str, Any]]
 FATAL = (DiskFull, ConfigError, MissingExtra)
 """Errors that every further unit would meet as well."""
 
-PAUSE_S = 0.2
-"""Wait before the second try of a unit that met an error of input or output; four times as long before every next."""
+PAUSE_S = 0.1
+"""Wait before the second try of a unit; four times as long before every next."""
 START_TRIES = 3
 CHECK_S = 10.0
 """How often a pass asks the cluster whether there is room for more actors."""
@@ -85,6 +85,8 @@ class _Reply:
 def _try(task: Task, unit: Any, attempt: int) -> _Reply:
     from pipeline.engine.materialize import is_out_of_memory
 
+    if attempt:
+        time.sleep(PAUSE_S * 4 ** (attempt - 1))
     try:
         return _Reply(task(unit, attempt))
     except FATAL as error:
@@ -92,10 +94,8 @@ def _try(task: Task, unit: Any, attempt: int) -> _Reply:
     except Exception as error:
         if is_disk_full(error):
             return _Reply(error=f"no space is left where the run writes: {error}", fatal=DiskFull)
-        transient = isinstance(error, OSError) or isinstance(error.__cause__, OSError)
-        if transient:
-            time.sleep(PAUSE_S * 4**attempt)
-        return _Reply(error=_describe(error), again=transient or is_out_of_memory(error))
+        transient = isinstance(error, OSError) or isinstance(error.__cause__, OSError) or is_out_of_memory(error)
+        return _Reply(error=_describe(error), again=transient)
 
 
 def _describe(error: Exception) -> str:

@@ -107,6 +107,8 @@ def _coalesced(batches: Iterator[pa.RecordBatch], rows: int) -> Iterator[pa.Reco
     held: list[pa.RecordBatch] = []
     count = size = 0
     for batch in batches:
+        # Files of one corpus may differ in what may be null, which is part of a schema but not of a value.
+        batch = pa.RecordBatch.from_arrays(batch.columns, batch.schema.names)
         if held and (count + batch.num_rows > rows or size + batch.nbytes > BATCH_BYTES):
             yield pa.concat_batches(held) if len(held) > 1 else held[0]
             held, count, size = [], 0, 0

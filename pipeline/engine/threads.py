@@ -12,13 +12,8 @@ from contextlib import contextmanager
 
 _cpus = 1
 
-VARIABLES = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "POLARS_MAX_THREADS",
-    "RAYON_NUM_THREADS",  # tokenizers
-)
+BLAS_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+VARIABLES = (*BLAS_VARIABLES, "POLARS_MAX_THREADS", "RAYON_NUM_THREADS")  # the last is that of tokenizers
 
 
 def cpus() -> int:
@@ -38,16 +33,24 @@ def prepare_process(count: float) -> None:
 
 @contextmanager
 def limited(count: float) -> Iterator[None]:
-    """Limit the libraries that are loaded already, inside the block. For work in the caller's own process."""
+    """Limit the libraries inside the block, loaded already or by it. For work in the caller's own process."""
     import pyarrow as pa
     from threadpoolctl import threadpool_limits
 
     before, arrow = _cpus, pa.cpu_count()
+    variables = {name: os.environ.get(name) for name in BLAS_VARIABLES}
     _set(_whole(count))
+    # A library that the block imports asks these: without them its first fit would run with all cores and round otherwise.
+    os.environ.update(dict.fromkeys(BLAS_VARIABLES, str(_cpus)))
     try:
         with threadpool_limits(limits=_cpus):
             yield
     finally:
+        for name, value in variables.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
         _set(before)
         pa.set_cpu_count(arrow)
 

@@ -8,6 +8,7 @@ as a mark that is seen. HTML is escaped elsewhere, by `pipeline.report.html`.
 from __future__ import annotations
 
 import unicodedata
+from typing import Any
 
 HARMLESS = "\u00ad\u200b\u200c\u200d"
 """Format characters that real scripts are written with (soft hyphens, Thai and Khmer breaks, Indic and emoji joins)."""
@@ -50,7 +51,7 @@ def explain(reason: str) -> str:
     if reason in REASONS:
         return REASONS[reason]
     score, _, rule = reason.partition(":")
-    return f"below the floor of {rule}" if score == "floor" else f"below the floor of {score}: the rule {rule!r} fired"
+    return f"below the floor of {rule}" if score == "floor" else f"failed this rule of {score}"
 
 
 def count(number: float) -> str:
@@ -102,3 +103,9 @@ def duration(seconds: float) -> str:
 def number(value: float) -> str:
     """A score or a bin edge: at most four significant digits."""
     return f"{value:.4g}"
+
+
+def trouble(done: dict[str, Any]) -> str:
+    """What went wrong in a pass of the manifest; empty where nothing did."""
+    told = [f"{count(done['failed'])} failed"] if done["failed"] else []
+    return ", ".join([*told, *([f"{plural(done['workers_lost'], 'worker')} lost"] if done["workers_lost"] else [])])

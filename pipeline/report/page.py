@@ -19,7 +19,7 @@ from pipeline import __version__
 from pipeline.report.charts import concept_scatter, histogram
 from pipeline.report.counts import level_values
 from pipeline.report.facts import CONCEPTS_LISTED, Facts, Sampled, gather
-from pipeline.report.format import count, duration, explain, number, plural, share, short, size, visible
+from pipeline.report.format import count, duration, explain, number, plural, share, short, size, trouble, visible
 from pipeline.report.html import Child, Html, el
 from pipeline.report.stored import quarantined
 from pipeline.run import Run
@@ -246,7 +246,7 @@ def timings(facts: Facts) -> list[Html]:
             count(p["rows"]) if p["rows"] else "",
             short(p["rows"] / max(p["seconds"], 1e-3)) if p["rows"] else "",
             size(p["bytes"]) if p["bytes"] else "",
-            el("span", _trouble(p), class_="bad"),
+            el("span", trouble(p), class_="bad"),
         ]
         for p in passes
     ]
@@ -363,11 +363,6 @@ def _median(there: np.ndarray) -> float:
     """Median of rows by level, to within a level."""
     running = np.cumsum(there)
     return float(level_values()[np.searchsorted(running, (running[-1] + 1) // 2)])
-
-
-def _trouble(passed: dict[str, Any]) -> str:
-    told = [f"{passed['failed']} failed"] * bool(passed["failed"])
-    return ", ".join(told + [plural(passed["workers_lost"], "worker") + " lost"] * bool(passed["workers_lost"]))
 
 
 def _name(run: Run) -> str:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.embed.base import Embed
     from pipeline.recipe import Recipe
     from pipeline.run import Run
+    from pipeline.scores.base import Score
 
 SAMPLE_ROWS, SAMPLE_BYTES, SAMPLE_SHARDS = 2048, 32 << 20, 4
 THIN_PASSES = 8
@@ -95,10 +96,10 @@ def make_plan(config: Config) -> Plan:
     with tempfile.TemporaryDirectory(prefix="tamis-plan-") as directory:
         listed = Path(directory, "corpus")
         _copy_listing(Store(config.run), Store(str(listed)))
-        with Run(config.model_copy(update={"run": str(listed)}), lambda: InlinePool(1), quiet=True) as whole:
+        with Run(config.model_copy(update={"run": str(listed)}), InlinePool, quiet=True) as whole:
             sample = sample_table(whole)
             small = _small_config(config, sample, Path(directory))
-            with Run(small, lambda: InlinePool(config.engine.cpus), quiet=True) as run:
+            with Run(small, InlinePool, quiet=True) as run:
                 return _add_up(Scene(config, whole, run, sample, Path(directory)))
 
 
@@ -205,7 +206,8 @@ def text_stages(scene: Scene) -> tuple[list[Stage], dict[str, float], int]:
     run.materialize([base])
     rates, stages, dims = {"row": measure.column_rate(run, base)}, [], 0
     embed = embedding(config)
-    for recipe in [*([embed] if embed else []), *(s for s in config.scores if s.needs == "text")]:
+    recipes: list[Embed | Score] = [*([embed] if embed else []), *(s for s in config.scores if s.needs == "text")]
+    for recipe in recipes:
         before = len(run.manifest["passes"])
         recipe.fit(run)
         column = recipe.column(run)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.corpus.shards import Shard
@@ -53,29 +54,30 @@ def print_rows(run_uri: str, kept: bool = True, by: str | None = None, lowest: b
     Raises TamisError where there is no run, no selection in it yet, or no score of that name.
     """
     run = Stored.at(run_uri)
-    parts = set(run.store.files("columns", "select"))
-    shards = [s for s in run.shards if s.pieces and part_name(s.index) in parts]
-    if not shards:
-        raise TamisError(f"{run_uri}: nothing is selected yet; `tamis status {run_uri}` says how far the run is")
     scores = [n for n in [*run.scores, "combined"] if run.store.exists("columns", n)]
     if by is not None and by not in scores:
-        raise TamisError(f"--by {by}: the run has no score of that name; there are {', '.join(scores)}")
+        raise TamisError(f"--by {by}: the run has no score of that name; there are {', '.join(scores) or 'none yet'}")
+    needed = [set(run.store.files("columns", c)) for c in ("select", "row", *([by] if by else []))]
+    shards = [s for s in run.shards if s.pieces and part_name(s.index) in set.intersection(*needed)]
+    if not shards:
+        raise TamisError(f"{run_uri}: nothing is selected yet; `tamis status {run_uri}` says how far the run is")
     wanted = Wanted(kept, None if by is None else f"{by}.score", lowest, count, stream(run.config["seed"], "show"))
     if by is None:
         order = np.argsort(mix64(np.array([s.index for s in shards], np.uint64)), kind="stable")
-        shards = [shards[i] for i in order[:RANDOM_SHARDS]]
+        shards = [shards[i] for i in order]
     print_found(run, best_rows(run.layout, shards, wanted), scores, kept)
 
 
 def best_rows(layout: Layout, shards: Sequence[Shard], wanted: Wanted) -> pa.Table:
-    """`shard` and `row` of the rows wanted, in order."""
-    best: pa.Table | None = None
+    """`shard` and `row` of the rows wanted, in order. Any rows will do without a score: then it stops early."""
+    best: list[pa.Table] = []
     with ThreadPoolExecutor(READERS) as threads:
-        for start in range(0, len(shards), READERS):
-            found = threads.map(lambda s: _best_of_shard(layout, s, wanted), shards[start : start + READERS])
-            best = _first(pa.concat_tables([*([best] if best is not None else []), *found]), wanted)
-    assert best is not None  # there is at least one shard
-    return best
+        for start in range(0, len(shards), RANDOM_SHARDS):
+            found = threads.map(lambda s: _best_of_shard(layout, s, wanted), shards[start : start + RANDOM_SHARDS])
+            best = [_first(pa.concat_tables([*best, *found]), wanted)]
+            if wanted.by is None and best[0].num_rows == wanted.count:
+                break
+    return best[0]
 
 
 def _best_of_shard(layout: Layout, shard: Shard, wanted: Wanted) -> pa.Table:
@@ -102,7 +104,8 @@ def _candidates(batch: pa.RecordBatch, shard: int, wanted: Wanted) -> pa.Table:
 
 
 def _first(table: pa.Table, wanted: Wanted) -> pa.Table:
-    return table.sort_by([(name, "ascending") for name in ("order", "hash", "shard", "row")]).slice(0, wanted.count)
+    keys = [(name, "ascending") for name in ("order", "hash", "shard", "row")]
+    return table.take(pc.select_k_unstable(table, min(wanted.count, table.num_rows), keys))
 
 
 def print_found(run: Stored, found: pa.Table, scores: Sequence[str], kept: bool) -> None:

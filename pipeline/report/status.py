@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 
 from pipeline.corpus.storage import Store
 from pipeline.lock import NAME, NO_FLOCK, STALE_S
-from pipeline.report.format import count, duration, short, size, visible
+from pipeline.report.format import count, duration, plural, short, size, trouble, visible
 from pipeline.report.stored import Stored, quarantined
 from pipeline.report.terminal import console, print_failures, print_table, text
 
@@ -35,7 +35,7 @@ def print_status(run_uri: str) -> int:
     corpus = run.manifest.get("corpus")
     if corpus:
         out.print(
-            text(f"{count(corpus['rows'])} rows in {count(corpus['shards'])} shards of {count(corpus['files'])} files")
+            text(f"{count(corpus['rows'])} rows in {plural(corpus['shards'], 'shard')} of {plural(corpus['files'], 'file')}")
         )
     print_columns(out, run, owner)
     print_passes(out, run)
@@ -91,7 +91,7 @@ def state(run: Stored, owner: dict[str, Any] | None) -> tuple[str, int]:
 def _curated(run: Stored) -> str:
     curated = run.manifest.get("curated", {"files": [], "path": run.store.locate("curated")})
     rows = sum(f["rows"] for f in curated["files"])
-    return f"{count(rows)} rows in {count(len(curated['files']))} files in {curated['path']}"
+    return f"{count(rows)} rows in {plural(len(curated['files']), 'file')} in {curated['path']}"
 
 
 def print_columns(out: Console, run: Stored, owner: dict[str, Any] | None) -> None:
@@ -130,20 +130,16 @@ def print_passes(out: Console, run: Stored) -> None:
         (
             visible(p["pass"], 60),
             count(p["units"]),
-            count(p["rows"]),
-            short(p["rows"] / max(p["seconds"], 1e-3)),
-            size(p["bytes"] / max(p["seconds"], 1e-3)),
+            count(p["rows"]) if p["rows"] else "",
+            short(p["rows"] / max(p["seconds"], 1e-3)) if p["rows"] else "",
             duration(p["seconds"]),
-            count(p["failed"]),
-            count(p["workers_lost"]),
+            trouble(p),
         )
         for p in run.manifest.get("passes", [])
     ]
     if lines:
         out.print()
-        print_table(
-            out, ["pass", "units", "rows", "rows/s", "bytes/s", "time", "failed", "workers lost"], lines, "lnnnnnnn"
-        )
+        print_table(out, ["pass", "units", "rows", "rows/s", "time", ""], lines, "tnnnnl")
 
 
 def print_quarantine(out: Console, run: Stored) -> None:

@@ -60,7 +60,11 @@ class Stored:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        listing = pq.read_table(pa.BufferReader(self.store.read("corpus", "files.parquet")))
+        """The corpus as the run has cut it. Raises TamisError where it is not listed yet."""
+        try:
+            listing = pq.read_table(pa.BufferReader(self.store.read("corpus", "files.parquet")))
+        except FileNotFoundError:
+            raise TamisError(f"the run in {self.store.uri} has not listed its corpus yet") from None
         return plan_shards(listing, self.manifest["shard_bytes"])
 
     @property

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from pipeline.report.format import count, explain, share, size, visible
+from pipeline.report.format import count, explain, plural, share, size, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,8 +62,7 @@ def print_result(result: Curated) -> None:
     ]
     print_table(out, ["reason", "rows", "share", ""], lines, "lnnt")
     out.print()
-    files = f"{len(result.files)} file{'s' * (len(result.files) != 1)}"
-    out.print(text(f"Curated  {result.path} ({files})"))
+    out.print(text(f"Curated  {result.path} ({plural(len(result.files), 'file')})"))
     out.print(text(f"Report   {result.run.rstrip('/')}/report/index.html"))
     out.print(text(f"Look     tamis show {result.run} --dropped"))
     print_failures(out, result.failures)
@@ -74,7 +73,9 @@ def print_failures(out: Console, failures: Sequence[dict[str, str]]) -> None:
     if not failures:
         return
     out.print()
-    out.print(text(f"Left out: {count(len(failures))} files or parts of files", "bold red"))
+    out.print(
+        text(f"Left out: {plural(len(failures), 'file or part of a file', 'files or parts of files')}", "bold red")
+    )
     for failure in failures[:FAILURES_PRINTED]:
         groups = f" row groups {failure['row_groups']}" if "row_groups" in failure else ""
         out.print(text(f"  {visible(failure['file'], 200)}{groups}: {visible(failure['reason'], 400)}"))

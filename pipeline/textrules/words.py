@@ -128,11 +128,9 @@ def _cut(docs: Docs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     inner = _peel_dollars(docs, affix, prefix, low)
     _peel(affix, suffix, low, high, np.flatnonzero(suffix[high - 1] & (low < high)))
     possessive = _peel_possessive(docs, affix, suffix, low, high)
-    units = _peel_units(docs, low, high)
-
     cut = affix.copy()
     cut[possessive + 1] = cut[inner] = False
-    cut[units] = True
+    cut[_peel_units(docs, affix, low, high)] = True
     cut[low[low < high]] = True
     _cut_inside(docs, cut, affix, dots, low, high)
     cut[doubled + 1] = False
@@ -205,7 +203,7 @@ def _peel_possessive(
     return marks
 
 
-def _peel_units(docs: Docs, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+def _peel_units(docs: Docs, affix: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Take a unit of measure off the ends, if a digit is before it. Returns where the units begin."""
     digit, solid = (docs.flags & DIGIT) != 0, (docs.flags & (DIGIT | SPACE)) == 0
     starts: np.ndarray = np.flatnonzero(digit[:-1] & solid[1:]) + 1
@@ -215,6 +213,7 @@ def _peel_units(docs: Docs, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     starts, which = starts[here], which[here]
     found, _ = lookup(UNITS).find(docs.digests(starts, high[which]))
     starts, which = starts[found], which[found]
+    _mark(affix, starts, high[which])
     high[which] = starts
     return starts
 
@@ -312,7 +311,7 @@ def _join(docs: Docs, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray,
         for offset in range(count):
             used[at + offset] = True
             joined[at[:, None] + np.arange(1, count)] = True
-    return starts[~joined], ends[~np.append(joined[1:], False)]
+    return starts[~joined], ends[~np.append(joined[1:], False)[: len(joined)]]
 
 
 def _cut_contractions(

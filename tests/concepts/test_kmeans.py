@@ -39,8 +39,9 @@ def mean_distance(x: np.ndarray, points: np.ndarray) -> float:
 
 def clustered(directory: Path, x: np.ndarray, files: int = 3, seed: int = 0, **cluster: Any) -> pa.Table:
     """The columns `concept` and `distance` of rows whose vectors are in the corpus."""
+    new = not (directory / "corpus").exists()
     (directory / "corpus").mkdir(parents=True, exist_ok=True)
-    for i, part in enumerate(np.array_split(np.arange(len(x)), files)):
+    for i, part in enumerate(np.array_split(np.arange(len(x)), files) if new else ()):
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(x[part].ravel()), x.shape[1])
         table = pa.table({"text": [f"row {row}" for row in part], "emb": vectors})
         pq.write_table(table, directory / f"corpus/{i:04d}.parquet", row_group_size=100)

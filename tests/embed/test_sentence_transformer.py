@@ -110,7 +110,8 @@ def test_cls_pooling_is_the_first_token(folder: Path, encoder: Encoder) -> None:
 
 def embedded(directory: Path, model: str, **fields: Any) -> pa.Table:
     directory.mkdir(exist_ok=True)
-    pq.write_table(pa.table({"text": [*TEXTS, None]}), directory / "corpus.parquet")
+    if not (directory / "corpus.parquet").exists():
+        pq.write_table(pa.table({"text": [*TEXTS, None]}), directory / "corpus.parquet")
     config = {
         "corpus": {"path": str(directory / "corpus.parquet")},
         "scores": ["density"],

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import toys
+
 from pipeline.corpus.rows import row_column
 from pipeline.engine.pool import InlinePool, Pool, RayPool
 from pipeline.errors import ConfigError, NoShardLeft, TamisError, TooManyBadRows
@@ -23,7 +24,9 @@ Pools = Callable[[], Pool]
 
 def stored(run: Run, column: str) -> pa.Table:
     """A column as stored, in the order of the shards."""
-    return pa.concat_tables(pq.read_table(f"{run.store.path}/columns/{column}/part-{s.index:05d}.parquet") for s in run.live)
+    return pa.concat_tables(
+        pq.read_table(f"{run.store.path}/columns/{column}/part-{s.index:05d}.parquet") for s in run.live
+    )
 
 
 def quarantine(run: Run, column: str) -> list[dict[str, Any]]:
@@ -212,7 +215,9 @@ def test_a_row_that_always_kills_its_worker_is_found_and_refused(
         assert quarantine(run, "before") == []
 
 
-def test_a_stuck_unit_is_killed_and_tried_again(write_corpus: Any, open_run: Any, tmp_path: Path, ray_pool: Any) -> None:
+def test_a_stuck_unit_is_killed_and_tried_again(
+    write_corpus: Any, open_run: Any, tmp_path: Path, ray_pool: Any
+) -> None:
     corpus = write_corpus(files=2, rows=10, groups=1, rows_of=plant("STUCK", {0: [3]}))
     with open_run(corpus, lambda: ray_pool(2, timeout_s=3)) as run:
         run.materialize([toys.column("len", toys.sticky, "STUCK", tmp_path / "once")])

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from pipeline.scores import heuristics
 from pipeline.scores.heuristics import Heuristics
-from pipeline.textrules.chars import COUNTED, LETTER, LINE_END, table
+from pipeline.textrules.chars import COUNTED, LINE_END, table
 from pipeline.textrules.docs import Docs
 from pipeline.textrules.words import count_sentences, split_words
 
@@ -230,10 +230,29 @@ def plain(text: str, r: Heuristics) -> str:
     return ""
 
 
-PIECES = (
-    "the be to of and that have with cat sat mat River Mr. don't 12 3.5% U.S. http://a-b.com/c-d x-y ... … # ## • - { "
-    "[1] [12] [edit] lorem Lorem ipsum JavaScript privacy policy use Cookies 你好 。 ไทย 🙂 “q” is. Is? no! 'so' \"so\""
-).split()
+PIECES = [
+    *[
+        "the",
+        "be",
+        "to",
+        "of",
+        "and",
+        "that",
+        "have",
+        "with",
+        "cat",
+        "sat",
+        "mat",
+        "River",
+        "Mr.",
+        "don't",
+        "is.",
+        "Is?",
+    ],
+    *["12", "3.5%", "U.S.", "http://a-b.com/c-d", "x-y", "...", "…", "#", "##", "•", "-", "{", "[1]", "[12]", "[edit]"],
+    *["lorem", "Lorem", "ipsum", "JavaScript", "privacy", "policy", "use", "Cookies", "no!", "'so'", '"so"', "“q”"],
+    *["你好", "。", "ไทย", "🙂"],
+]
 SPACES = [" ", " ", " ", " ", "\n", "\n", ". ", ".\n", "\n\n", "\n\n\n", "\r\n", "\r", "\u2028", "\x0b", "\t", "  ", ""]
 SENTENCE = "The cat sat on the mat that we have with the river.\n"
 pieces = st.lists(st.sampled_from(PIECES) | st.sampled_from(SPACES), min_size=1, max_size=40).map("".join)
@@ -259,7 +278,7 @@ LOOSE = {
 }
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.lists(documents, min_size=1, max_size=8), st.permutations(heuristics.Heuristics().rules), st.booleans())
 @example(["\na b\na b\n", "a\n \nb\n\n", "x", ".", "[1] [2] [3] a. b. c.\n[4] [5] [6]"], ("c4", "fineweb"), False)
 def test_rules_are_those_of_a_plain_loop(texts: list[str], order: list[str], endings: bool) -> None:
@@ -268,3 +287,278 @@ def test_rules_are_those_of_a_plain_loop(texts: list[str], order: list[str], end
         assert recipe.judge(pa.record_batch([pa.array(texts)], ["text"]))["rule"].to_pylist() == [
             plain(text, recipe) for text in texts
         ]
+
+
+# Each limit of the published rules: a text that reaches it passes, one beyond it fails
+
+
+def distinct(count: int, length: int = 4) -> list[str]:
+    """Words that do not repeat."""
+    return ["".join(LETTERS[number // 26**place % 26] for place in range(length)) for number in range(count)]
+
+
+def prose(count: int, *others: str) -> str:
+    return " ".join([*distinct(count - 2), "the", "of", *others])
+
+
+LINES = [f"{first} {second} {third} word." for first, second, third in zip(*[iter(distinct(300, 6))] * 3, strict=True)]
+REPETITION, QUALITY, C4, FINEWEB = ({"rules": [rules]} for rules in Heuristics().rules)
+LAX = {**REPETITION, "dup_line_char_frac": None, "dup_para_char_frac": None, "top_n_grams": {}, "dup_n_grams": {}}
+ANY_END = {**C4, "filter_no_terminal_punct": False}
+
+
+@pytest.mark.parametrize(
+    ("rule", "limits", "passes", "fails"),
+    [
+        ("dup_line_frac", LAX, "\n".join([*LINES[:7], *LINES[:3]]), "\n".join([*LINES[:6], *LINES[:3]])),
+        ("dup_para_frac", LAX, "\n\n".join([*LINES[:7], *LINES[:3]]), "\n\n".join([*LINES[:6], *LINES[:3]])),
+        (  # 4 characters of the line twice: 4 of 20 and 4 of 19
+            "dup_line_char_frac",
+            {**LAX, "dup_line_frac": None, "dup_line_char_frac": 0.2},
+            "abcd\nabcd\nefghijklmn",
+            "abcd\nabcd\nefghijklm",
+        ),
+        (
+            "dup_para_char_frac",
+            {**LAX, "dup_para_frac": None, "dup_para_char_frac": 0.2, "dup_line_frac": None},
+            "abcd\n\nabcd\n\nefghijkl",
+            "abcd\n\nabcd\n\nefghijk",
+        ),
+        (  # "aa bb" twice are 10 characters of 50 and 49
+            "top_2_gram",
+            {**LAX, "top_n_grams": {2: 0.2}},
+            "aa bb cc aa bb dd eeeeeeeeeeeeeeeee ffffffffffffff",
+            "aa bb cc aa bb dd eeeeeeeeeeeeeeeee fffffffffffff",
+        ),
+        (  # the five letters that come again, of 50 and 49 characters
+            "duplicated_5_n_grams",
+            {**LAX, "dup_n_grams": {5: 0.1}},
+            "a b c d e x a b c d e " + "y" * 28,
+            "a b c d e x a b c d e " + "y" * 27,
+        ),
+        ("gopher_short_doc", QUALITY, prose(50), prose(49)),
+        ("gopher_short_doc", QUALITY, prose(50, ".", "—"), prose(49, ".", "—")),  # symbols alone do not count
+        ("gopher_long_doc", {**QUALITY, "max_doc_words": 60}, prose(60), prose(61)),
+        (
+            "gopher_below_avg_threshold",
+            QUALITY,
+            " ".join(["the", "and", *distinct(48, 3)]),
+            " ".join(["the", "of", *distinct(48, 3)]),
+        ),
+        (
+            "gopher_above_avg_threshold",
+            QUALITY,
+            " ".join(["the", "and", "abcdefghijklmnopqrstuvwx", *distinct(47, 10)]),
+            " ".join(["the", "and", "abcdefghijklmnopqrstuvwxy", *distinct(47, 10)]),
+        ),
+        ("gopher_too_many_hashes", QUALITY, prose(54, *"######"), prose(53, *"######")),
+        (
+            "gopher_too_many_ellipsis",
+            QUALITY,
+            prose(53, *["..."] * 3, *"…" * 3, "end"),
+            prose(52, *["..."] * 3, *"…" * 3, "end"),
+        ),
+        (
+            "gopher_too_many_bullets",
+            QUALITY,
+            prose(50) + "\n• one more" * 5 + "\n -\tone more" * 4,
+            prose(50) + "\n• one more" * 6 + "\n -\tone more" * 4,
+        ),
+        (
+            "gopher_too_many_end_ellipsis",
+            QUALITY,
+            "\n".join([prose(50), "a", "b", "c", "d", "e", "f", "word... ", "word…", "word ..."]),
+            "\n".join([prose(50), "a", "b", "c", "d", "e", "word... ", "word…", "word ..."]),
+        ),
+        (
+            "gopher_below_alpha_threshold",
+            QUALITY,
+            prose(80, *["12345"] * 20),
+            prose(80, *["12345"] * 21),
+        ),
+        ("gopher_enough_stop_words", QUALITY, prose(60), prose(60).replace(" of", " off")),
+        ("too_few_sentences", C4, "\n".join(LINES[:5]), "\n".join(LINES[:4])),
+        ("too_few_sentences", C4, "A bb cc. D ee. F gg! H ii? J kk.", "A bb cc. D ee. F gg! H ii 2.5 kk."),
+        ("too_few_sentences", C4, "\n".join(LINES[:5]), "\n".join([*LINES[:4], "Only two."])),
+        ("too_few_sentences", C4, "\n".join(LINES[:5]), "\n".join([*LINES[:4], "It ends in an ellipsis..."])),
+        (
+            "too_few_sentences",
+            ANY_END,
+            "\n".join([*LINES[:4], "x" * 1000 + " y z"]),
+            "\n".join([*LINES[:4], "x" * 1001 + " y z"]),
+        ),
+        (
+            "too_few_sentences",
+            ANY_END,
+            "\n".join(LINES[:5]),
+            "\n".join([*LINES[:4], "Enable JavaScript to read this."]),
+        ),
+        (
+            "too_few_sentences",
+            ANY_END,
+            "\n".join(LINES[:5]),
+            "\n".join([*LINES[:4], "This site Uses Cookies for you."]),
+        ),
+        (
+            "lorem_ipsum",
+            C4,
+            "\n".join([*LINES[:5], "Lorem and ipsum."]),
+            "\n".join([*LINES[:5], "So Lorem Ipsum it is."]),
+        ),
+        ("curly_bracket", C4, "\n".join([*LINES[:5], "{ x }"]), "\n".join([*LINES[:5], "{ x } is one."])),
+        (  # the first line to blame decides, and one that is dropped before does not
+            "curly_bracket",
+            C4,
+            "\n".join([*LINES[:5], "javascript { code } goes here.", "lorem ipsum"]),
+            "\n".join([*LINES[:5], "One { here.", "Then a lorem ipsum."]),
+        ),
+        (
+            "line_punct_ratio",
+            FINEWEB,
+            "\n".join([*LINES[:3], *[f"{line} {line} and no end" for line in LINES[3:25]]]),
+            "\n".join([*LINES[:3], *[f"{line} {line} and no end" for line in LINES[3:26]]]),
+        ),
+        (
+            "short_line_ratio",
+            FINEWEB,
+            "\n".join([*[line[:29] + "." for line in LINES[:2]], LINES[2] + " It is one of the longer lines."]),
+            "\n".join([*[line[:29] + "." for line in LINES[:3]], LINES[3] + " It is one of the longer lines."]),
+        ),
+        (  # 25 of 2500 characters and of 2499
+            "char_dup_ratio",
+            {**FINEWEB, "short_line_thr": None, "new_line_ratio": None},
+            "\n".join(["a" * 24 + "."] * 2 + ["b" * 2449 + "."]),
+            "\n".join(["a" * 24 + "."] * 2 + ["b" * 2448 + "."]),
+        ),
+        (
+            "list_ratio",
+            {**FINEWEB, "short_line_thr": None},
+            "a b c d.\ne f g.\nh i.\nx",
+            "a b c d.\ne f g.\nh i.\n",
+        ),
+    ],
+)
+def test_a_rule_fires_beyond_its_limit_and_not_at_it(
+    rule: str, limits: dict[str, Any], passes: str, fails: str
+) -> None:
+    assert judged([passes, fails], **limits) == ["", rule]
+
+
+def test_the_first_rule_in_the_order_of_the_sets_is_named() -> None:
+    text = "Short { line.\n" * 9
+    orders = (["gopher_quality", "c4"], ["c4", "gopher_quality"], ["fineweb", "c4"])
+    assert [judged([text], rules=order)[0] for order in orders] == [
+        "gopher_short_doc",
+        "curly_bracket",
+        "short_line_ratio",
+    ]
+
+
+def test_limits_that_are_null_are_off() -> None:
+    fields = Heuristics.model_fields
+    off = {name: None for name, field in fields.items() if type(None) in getattr(field.annotation, "__args__", ())}
+    assert len(off) == 20
+    switches = {name: False for name, field in fields.items() if name.startswith(("filter_", "remove_"))}
+    texts = ["{ # # # ... lorem ipsum javascript", "x", "a a a a\na a a a\na a a a", "•\n•", "1 2 3"]
+    assert judged(texts, top_n_grams={}, dup_n_grams={}, **off, **switches) == [""] * 5
+    assert "" not in judged(texts)
+
+
+def test_fineweb_judges_what_c4_left_and_the_text_stays_as_it_is() -> None:
+    text = "\n".join([f"It is a long line, too: {line}" for line in LINES[:6]] + ["No full stop at the end"] * 60)
+    assert judged([text], rules=["fineweb"]) == ["line_punct_ratio"]
+    assert judged([text], rules=["c4", "fineweb"]) == [""]
+    assert judged([text], rules=["c4", "fineweb"], filter_no_terminal_punct=False) == ["line_punct_ratio"]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"rules": []}, {"rules": ["c4", "c4"]}, {"rules": ["gopher"]}, {"dup_n_grams": {0: 0.1}}, {"min_doc_words": -1}],
+)
+def test_settings_without_a_meaning_are_errors(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        Heuristics(**wrong)
+
+
+# Scripts without spaces
+
+
+CHINESE = "地球是太阳系中由内及外的第三颗行星，也是宇宙中人类已知唯一存在生命的天体。" * 2
+TEXTS = {
+    "chinese": CHINESE
+    + "它的质量约为五千九百七十亿亿吨。半径约六千三百七十一公里！密度是五点五克？自转一周。公转一年。",
+    "japanese": "東京は日本の首都です。人口は約千四百万人。とても大きな街だ！行きましたか？いつか行きたいです。" * 2,
+    "thai": "\n".join(["กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย.", "มีประชากรมากที่สุดในประเทศ.", "อากาศร้อนมากทั้งปี."] * 2),
+}
+
+
+@pytest.mark.parametrize("language", TEXTS)
+def test_scripts_without_spaces_are_judged_by_their_letters(language: str) -> None:
+    sets = {"rules": ["gopher_quality", "c4"], "filter_no_terminal_punct": False}
+    text = TEXTS[language]
+    assert judged([text, text[:40], text + " {"], **sets) == ["", "gopher_short_doc", "curly_bracket"]
+    assert judged([text], segment_unspaced=False, **sets) != [""]
+
+
+def test_every_letter_is_a_word_where_most_have_no_spaces() -> None:
+    docs = Docs.of(["東京 is 大きな街。", "Tokyo is 東京 in Japan", "ที่นี่ 12"], segment=True)
+    words = split_words(docs)
+    spelled = ["".join(map(chr, docs.chars[a:b])) for a, b in zip(words.starts, words.ends, strict=True)]
+    assert docs.unspaced.tolist() == [True, False, True]
+    assert spelled[:9] == ["東", "京", "is", "大", "き", "な", "街", "。", "Tokyo"]
+    assert spelled[9:] == ["is", "東京", "in", "Japan", "ที่", "นี่", "12"]  # vowel signs and tones stay with their letter
+
+
+# Any text, any batch
+
+
+def test_a_rule_does_not_depend_on_the_texts_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ds.dataset(ROOT / "examples/sample", format="parquet").to_table(columns=["text"])["text"]
+    texts = texts.drop_null().slice(0, 600).combine_chunks()
+    whole = judged(texts)
+    assert len(set(whole)) > 8
+    for size, kind in ((1, pa.large_string()), (1 << 14, pa.string_view())):
+        monkeypatch.setattr(heuristics, "PIECE_BYTES", size)
+        parts = [texts.slice(start, 97).cast(kind) for start in range(0, 600, 97)]
+        assert [rule for part in parts for rule in judged(part)] == whole
+    assert judged(texts.slice(0, 0)) == []
+    monkeypatch.setattr(heuristics, "MAX_DOCS", 50)
+    assert judged(texts) == whole
+
+
+def test_odd_characters_are_judged_like_any_other() -> None:
+    odd = [
+        "\x00",
+        "\u200b",
+        "\ufeff" * 99,
+        "🙂" * 500,
+        "\u0301" * 60,
+        "\U0010ffff",
+        "\n.\n",
+        "\r\r\n\x1c\u2029x",
+        "," * 999,
+    ]
+    assert judged(odd, rules=["gopher_quality"]) == ["gopher_short_doc"] * len(odd)
+    assert all(judged(odd))
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "bytes_a_character"),
+    [
+        (" ".join(np.random.default_rng(0).choice(distinct(20_000, 5), 3_333_333)), "gopher_long_doc", 40),
+        ("x" * 20_000_000, "gopher_short_doc", 40),
+        ("All of the cats sat on the mat that we have with the river.\n" * 333_334, "dup_line_frac", 64),
+    ],
+    ids=["prose", "one word", "one line again and again"],
+)
+def test_memory_for_a_text_of_20_mb_is_a_small_multiple_of_it(text: str, rule: str, bytes_a_character: int) -> None:
+    assert len(text) > 19_990_000
+    batch = pa.array(["Before it.", text, "Behind it."])
+    Heuristics().open()
+    tracemalloc.start()
+    try:
+        assert judged(batch)[1] == rule
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < bytes_a_character * len(text)

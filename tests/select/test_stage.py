@@ -169,6 +169,13 @@ def test_the_prefix_rule_and_skip_on_tokens(sieve: Any) -> None:
         job.select(budget={"bytes": 1999})
 
 
+def test_a_row_in_quarantine_for_any_score_is_never_kept(sieve: Any) -> None:
+    job = sieve({"a": f32([5, 4, 3]), "b": f32([np.nan, 1, 1])})
+    found = job.select(budget={"rows": 2}, weights={"a": 1})
+    assert job.keep.tolist() == [None, True, True]
+    assert (found.available, found.reasons) == (2, {"kept": 2, "quarantined": 1})
+
+
 def test_ties_of_which_none_fits_are_below_the_threshold(sieve: Any) -> None:
     job = sieve({"text": texts([1, 10, 10]), "a": f32([5, 3, 3])})
     found = job.select(budget={"tokens": 6})
@@ -289,6 +296,13 @@ def test_the_toy_of_density_based_pruning(sieve: Any) -> None:
     lost = np.array(job.reasons) == "quota"
     assert (lost == (~job.keep & (columns["a"] >= lowest))).all()
     assert set(job.reasons) == {"kept", "quota", "below_threshold"} or lost.sum() == 360
+
+
+def test_density_leaves_no_concept_without_a_row(sieve: Any) -> None:
+    columns, table = toy()
+    job = sieve(columns)
+    job.select(table, budget={"rows": 80}, quotas={"rule": "density", "tau": 1e-4, "balance": 0})
+    assert np.bincount(columns["concept"][job.keep]).tolist() == [1, 1, 1, 77]
 
 
 @pytest.mark.parametrize(
