@@ -73,7 +73,9 @@ def _resolver(package: str, base: type[R]) -> BeforeValidator:
             return value
         if not isinstance(value.get("kind"), str):
             raise ValueError(f"needs a `kind`; there are {', '.join(kinds(package))}")
-        return recipe_class(package, base, value["kind"]).model_validate(value)
+        recipe = recipe_class(package, base, value["kind"])
+        own = recipe.model_fields["kind"].get_default()
+        return recipe.model_validate(value | {"kind": own if isinstance(own, str) else recipe.__name__.lower()})
 
     return BeforeValidator(resolve)
 

@@ -108,6 +108,8 @@ class Run:
         try:
             with contextlib.suppress(FileNotFoundError, ValueError):
                 self.manifest = json.loads(self.store.read("manifest.json"))
+            if self.manifest.get("status") in ("running", "failed"):
+                self.store.remove_temporaries()
             described = self.config.model_dump(mode="json")
             self.manifest |= {"tamis": __version__, "config": described, "status": "running", "passes": []}
             self._list()

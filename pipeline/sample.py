@@ -17,13 +17,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.artifact import MARKER, Artifact
 from pipeline.errors import TamisError
 from pipeline.hashing import hash64, row_keys
 from pipeline.recipe import State
 from pipeline.vectors import matrix
 
 if TYPE_CHECKING:
-    from pipeline.run import Artifact, Run
+    from pipeline.run import Run
 
 LENGTH = ".length"
 """A text column is two arrays of the state: its bytes end to end, and under this suffix the bytes of each row."""
@@ -119,15 +120,13 @@ def _binary(content: np.ndarray, lengths: np.ndarray) -> pa.LargeBinaryArray:
 
 def needs_fit(run: Run, name: str, identity: str) -> bool:
     """Whether `run.artifact(name, identity, ...)` has to build; asked before an aggregate that only the build needs."""
-    stored = run.store.child("artifacts", name)
-    return not stored.exists("artifact.json") or json.loads(stored.read("artifact.json"))["fingerprint"] != identity
+    return not Artifact(name, identity, run.store.child("artifacts", name)).stored()
 
 
 def stored(run: Run, name: str) -> Artifact:
     """The artifact of a name as it lies in the run. Raises TamisError where there is none yet."""
-    from pipeline.run import Artifact
-
     store = run.store.child("artifacts", name)
-    if not store.exists("artifact.json"):
-        raise TamisError(f"the run has no artifact {name!r} yet: fit it first")
-    return Artifact(name, json.loads(store.read("artifact.json"))["fingerprint"], store)
+    try:
+        return Artifact(name, json.loads(store.read(MARKER))["fingerprint"], store)
+    except FileNotFoundError:
+        raise TamisError(f"the run has no artifact {name!r} yet: fit it first") from None

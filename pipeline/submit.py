@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from pipeline.config import load
 from pipeline.corpus.storage import is_remote
@@ -19,6 +20,7 @@ from pipeline.errors import ConfigError, TamisError
 
 FAILED = 1
 TOKEN_FILE = "~/.ray/auth_token"
+READY_S = 180.0
 POLL_S = 2.0
 """Ray can stream a log, too, but only with packages that the base install does not need otherwise."""
 
@@ -46,10 +48,7 @@ def submit_job(config: str, address: str, overrides: list[str], run: str | None)
         (Path(directory) / Path(config).name).write_bytes(Path(config).read_bytes())
         try:
             client = JobSubmissionClient(address)
-            job = client.submit_job(
-                entrypoint=f"RAY_ADDRESS=auto tamis curate {shlex.join(arguments)}",
-                runtime_env={"working_dir": directory},
-            )
+            job = _submit(client, f"RAY_ADDRESS=auto tamis curate {shlex.join(arguments)}", directory)
         except AuthenticationError as error:
             raise TamisError(f"{address} asks for a token: set RAY_AUTH_TOKEN, or put it into {TOKEN_FILE}") from error
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -71,6 +70,18 @@ def submit_job(config: str, address: str, overrides: list[str], run: str | None)
         return int(code)
     print(f"tamis: {job} ended as {info.status}: {info.message}", file=sys.stderr)
     return 0 if info.status == JobStatus.SUCCEEDED else FAILED
+
+
+def _submit(client: Any, entrypoint: str, directory: str) -> str:
+    """Submit with a working directory. A head that has just started answers before it can take jobs: it is waited for."""
+    patience = time.monotonic() + READY_S
+    while True:
+        try:
+            return str(client.submit_job(entrypoint=entrypoint, runtime_env={"working_dir": directory}))
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > patience:
+                raise
+            time.sleep(POLL_S)
 
 
 def _has_token() -> bool:

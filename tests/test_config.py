@@ -116,3 +116,20 @@ def test_every_shipped_configuration_is_valid() -> None:
 def test_plain_data_is_checked_alike() -> None:
     with pytest.raises(ConfigError, match=r"corpus\.path"):
         parse({"corpus": {}, "scores": ["random"], "select": {"budget": {"rows": 1}}, "run": "r"})
+
+
+def test_a_users_own_recipe_comes_in_by_its_import_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_scores.py").write_text(
+        "from typing import Literal\n"
+        "from pipeline.scores.base import Score\n"
+        "class Vowels(Score):\n"
+        "    kind: Literal['vowels'] = 'vowels'\n"
+        "    letters: str = 'aeiou'\n"
+        "class Plain(Score):\n"
+        "    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kinds = "[{kind: 'my_scores:Vowels', letters: ae}, {kind: 'my_scores:Plain'}]"
+    config = load(write(tmp_path, GOOD.replace("\n  - {kind: random}", f" {kinds}")))
+    assert [s.column_name for s in config.scores] == ["vowels", "plain"]
+    assert config.scores[0].model_dump()["letters"] == "ae"

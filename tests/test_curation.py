@@ -13,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 
 from pipeline import curate
 from pipeline.config import parse
@@ -72,7 +73,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_run_holds_what_the_contract_names(undisturbed: Path) -> None:
     names = {p.name for p in undisturbed.iterdir()}
-    assert {"manifest.json", "columns", "artifacts", "curated", "report", "handoff.json"} <= names
+    assert {"manifest.json", "README.md", "columns", "artifacts", "curated", "report", "handoff.json"} <= names
     assert (undisturbed / "report" / "index.html").stat().st_size > 10_000
     assert "scratch" not in names
     assert "lock.json" not in names
@@ -95,12 +96,14 @@ def test_every_row_has_its_reason(undisturbed: Path) -> None:
     assert reasons.cast(pl.String).str.starts_with("heuristics:").any()
 
 
-def test_the_curated_set_is_the_kept_rows_in_order(undisturbed: Path) -> None:
+def test_the_curated_set_is_the_kept_rows_in_order(undisturbed: Path, tmp_path: Path) -> None:
     source = pl.read_parquet(f"{SAMPLE}/*.parquet")
     keep = pl.read_parquet(f"{undisturbed}/columns/select/*.parquet")["keep"]
     curated = pl.read_parquet(f"{undisturbed}/curated/*.parquet")
     assert curated.drop("tamis").equals(source.filter(keep))
     scores = curated["tamis"].struct
+    assert pq.read_table(undisturbed / "curated").num_rows == len(curated)
+    assert load_dataset(str(undisturbed), cache_dir=str(tmp_path), split="train").num_rows == len(curated)
     assert {"id", "concept", "density", "heuristics", "length", "random"} == set(scores.fields)
 
 

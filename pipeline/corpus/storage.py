@@ -12,15 +12,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs as pafs
 
+TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 S3_ATTEMPTS = 10
 """A cluster that starts at once is told to slow down; three attempts, Arrow's default, are soon used up."""
 
@@ -162,7 +165,7 @@ class Store:
         root = self.at(*names).rstrip("/")
         selector = pafs.FileSelector(root, recursive=recursive, allow_not_found=True)
         infos = [i for i in self.filesystem.get_file_info(selector) if i.type == pafs.FileType.File]
-        return {i.path[len(root) + 1 :]: int(i.size) for i in infos if not i.path.endswith(".tmp")}
+        return {i.path[len(root) + 1 :]: int(i.size) for i in infos if not TEMPORARY.search(i.path)}
 
     def remove(self, *names: str) -> None:
         """Delete a file or a whole directory; nothing happens where there is none."""
@@ -171,3 +174,10 @@ class Store:
             self.filesystem.delete_dir(info.path)
         elif info.type == pafs.FileType.File:
             self.filesystem.delete_file(info.path)
+
+    def remove_temporaries(self) -> None:
+        """Remove what writers that were killed left half-written; an object store shows no such thing."""
+        if self.local:
+            for file in Path(self.path).rglob("*.tmp"):
+                if TEMPORARY.search(file.name):
+                    file.unlink(missing_ok=True)

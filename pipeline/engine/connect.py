@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from pipeline.engine.pool import InlinePool, Pool, RayPool
@@ -29,10 +30,13 @@ def connect(engine: EngineConfig) -> Pool:
             "engine.address: ray:// is not used; give host:port on the cluster, "
             "or `tamis submit CONFIG --address http://head:8265`"
         )
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's announced default, which it warns about
+    address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
+    if "ray" not in sys.modules:  # both are read on import, are Ray's defaults, and are announced where unset
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        if address == "local":
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
     elastic = ray.is_initialized() or address != "local"
     if not ray.is_initialized():
         options = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}

@@ -1,4 +1,8 @@
-"""The dataset card, README.md of the curated set: what was kept, from what, by which recipe, with which totals."""
+"""The dataset card, README.md of the run: what was kept, from what, by which recipe, with which totals.
+
+It stands beside the curated directory, not in it: that holds Parquet and nothing else, so that Arrow and others read
+it whole. `load_dataset(RUN)` follows the card to the curated files, and so does the hub.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ def write_card(run: Run, selection: Selection, directory: Store, files: list[dic
     """Write README.md: a front matter that `datasets` and the hub read, then the totals and the configuration."""
     config = run.config.model_dump(mode="json", exclude={"engine"}, exclude_none=True)
     front = {
-        "configs": [{"config_name": "default", "data_files": _glob(files)}],
+        "configs": [{"config_name": "default", "data_files": _glob(run.store, directory, files)}],
         "tags": ["tamis"],
         "size_categories": [_size(selection.rows)],
     }
@@ -47,11 +51,13 @@ text, in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep t
 Fingerprint of the selection: `{run.plans["select"].fingerprint}`. The run's `manifest.json` has the lineage of every
 file.
 """
-    directory.write(text.encode(), "README.md")
+    run.store.write(text.encode(), "README.md")
 
 
-def _glob(files: list[dict[str, Any]]) -> str:
-    return f"{files[0]['file'].split('0')[0]}*.parquet"
+def _glob(run: Store, directory: Store, files: list[dict[str, Any]]) -> str:
+    """Pattern of the curated files, relative to the card where they are in the run."""
+    place = directory.uri.removeprefix(run.uri.rstrip("/") + "/")
+    return f"{place}/{files[0]['file'].split('0')[0]}*.parquet"
 
 
 def _size(rows: int) -> str:

@@ -287,11 +287,12 @@ def missing(facts: Facts) -> list[Html]:
 
 
 def configuration(facts: Facts) -> list[Html]:
-    described = facts.run.config.model_dump(mode="json", exclude_none=True)
+    """As it was written, so that it can be used again; what it leaves to defaults is in the manifest."""
+    described = facts.run.config.model_dump(mode="json", exclude_unset=True)
     text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=100)
     lines = [" " * (len(line) - len(line.lstrip())) + visible(line, 400) for line in text.splitlines()]
     mark = facts.run.plans["select"].fingerprint
-    return [el("pre", "\n".join(lines)), _note(f"Fingerprint of the selection: {mark}")]
+    return [el("pre", "\n".join(lines)), _note(f"Selection {mark}. manifest.json holds all defaults too.")]
 
 
 # ---- pieces

@@ -286,7 +286,7 @@ def warnings(scene: Scene, plan: Plan, wanted: float, available: dict[str, float
         yield f"select.budget.{unit}: {count(wanted)} is more than the corpus has, {there}: lower it"
     if failures := scene.whole.failures:
         first = f"{failures[0]['file']}: {failures[0]['reason']}"
-        yield f"{count(len(failures))} files cannot be read and will be left out; the first: {first}"
+        yield f"{plural(len(failures), 'file')} cannot be read and will be left out; the first: {first}"
     bad = scene.run.manifest["columns"]["row"]["quarantined"]
     if bad > engine.max_bad_fraction * plan.sample_rows:
         yield (

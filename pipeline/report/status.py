@@ -35,7 +35,9 @@ def print_status(run_uri: str) -> int:
     corpus = run.manifest.get("corpus")
     if corpus:
         out.print(
-            text(f"{count(corpus['rows'])} rows in {plural(corpus['shards'], 'shard')} of {plural(corpus['files'], 'file')}")
+            text(
+                f"{count(corpus['rows'])} rows in {plural(corpus['shards'], 'shard')} of {plural(corpus['files'], 'file')}"
+            )
         )
     print_columns(out, run, owner)
     print_passes(out, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.concepts.kmeans import CENTROIDS, Cluster, lloyd_step, spherical_k
 from pipeline.config import parse
 from pipeline.corpus.rows import row_column
 from pipeline.engine import threads
-from pipeline.engine.pool import InlinePool
+from pipeline.engine.pool import InlinePool, Pool
 from pipeline.errors import ConfigError
 from pipeline.run import Run
 
@@ -37,18 +38,26 @@ def mean_distance(x: np.ndarray, points: np.ndarray) -> float:
     return float(lloyd_step(x, points)["distance"][0]) / len(x)
 
 
-def clustered(directory: Path, x: np.ndarray, files: int = 3, seed: int = 0, **cluster: Any) -> pa.Table:
+def clustered(
+    directory: Path,
+    x: np.ndarray,
+    files: int = 3,
+    seed: int = 0,
+    pool: Callable[[], Pool] = InlinePool,
+    texts: list[str] | None = None,
+    **cluster: Any,
+) -> pa.Table:
     """The columns `concept` and `distance` of rows whose vectors are in the corpus."""
     new = not (directory / "corpus").exists()
     (directory / "corpus").mkdir(parents=True, exist_ok=True)
     for i, part in enumerate(np.array_split(np.arange(len(x)), files) if new else ()):
         vectors = pa.FixedSizeListArray.from_arrays(pa.array(x[part].ravel()), x.shape[1])
-        table = pa.table({"text": [f"row {row}" for row in part], "emb": vectors})
+        table = pa.table({"text": [texts[row] if texts else f"row {row}" for row in part], "emb": vectors})
         pq.write_table(table, directory / f"corpus/{i:04d}.parquet", row_group_size=100)
     config = {"corpus": {"path": str(directory / "corpus"), "shard_mb": 1e-6}, "seed": seed}
     config |= {"embed": {"kind": "precomputed", "column": "emb"}, "cluster": cluster, "scores": ["density"]}
     config |= {"select": {"budget": {"rows": 1}}, "engine": {"address": "inline"}, "run": str(directory / "run")}
-    with Run(parse(config), InlinePool, quiet=True) as run:
+    with Run(parse(config), pool, quiet=True) as run:
         assert run.config.embed is not None
         run.materialize([row_column(False, None)])
         run.materialize([run.config.embed.column(run)])
@@ -157,6 +166,18 @@ def test_shards_do_not_matter(tmp_path: Path, cluster: dict[str, Any]) -> None:
     )
 
 
+def test_order_and_copies_of_rows_do_not_matter(tmp_path: Path) -> None:
+    x, _ = mixture(500, 6, 16, spread=1.0)
+    texts = [f"row {i}" for i in range(500)]
+    order = np.random.default_rng(0).permutation(500)
+    options: dict[str, Any] = {"k": 6, "sample_per_concept": 30}
+    plain = clustered(tmp_path / "plain", x, texts=texts, **options)["distance"].to_numpy()
+    turned = clustered(tmp_path / "turned", x[order], texts=[texts[i] for i in order], **options)["distance"].to_numpy()
+    twice = clustered(tmp_path / "twice", np.tile(x, (2, 1)), texts=texts * 2, **options)["distance"].to_numpy()
+    np.testing.assert_array_equal(turned, plain[order])
+    np.testing.assert_array_equal(twice, np.tile(plain, 2))
+
+
 def test_a_seed_changes_the_centroids_and_the_same_seed_does_not(tmp_path: Path) -> None:
     x, _ = mixture(400, 9, 16, spread=1.0)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -184,6 +205,15 @@ def test_full_lloyd_goes_on_where_the_sample_ends(tmp_path: Path) -> None:
         mean_distance(half, np.load(tmp_path / "full/run/artifacts/centroids-on-sample" / CENTROIDS)),
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("cluster", [{}, {"full_lloyd": True}], ids=["sample", "full"])
+def test_ray_and_inline_agree_to_the_byte(tmp_path: Path, lasting_pool: Pool, cluster: dict[str, Any]) -> None:
+    x, _ = mixture(3000, 8, 24, spread=1.0)
+    inline = clustered(tmp_path / "inline", x, k=8, **cluster)
+    ray = clustered(tmp_path / "ray", x, k=8, pool=lambda: lasting_pool, **cluster)
+    assert inline.equals(ray)
+    np.testing.assert_array_equal(centroids(tmp_path / "inline"), centroids(tmp_path / "ray"))
 
 
 def test_identical_rows_are_one_concept(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from pipeline.config import parse
 from pipeline.corpus.rows import row_column
 from pipeline.embed.lsa import Lsa
-from pipeline.engine.pool import InlinePool
+from pipeline.engine.pool import InlinePool, Pool
 from pipeline.run import Run
 
 TOPICS = {
@@ -31,7 +32,14 @@ def topical(count: int, seed: int = 0) -> tuple[list[str], np.ndarray]:
     return [" ".join(rng.choice(words[t], 30)) + f" number{i}" for i, t in enumerate(topic)], topic
 
 
-def embedded(directory: Path, texts: list[Any], shard_mb: float = 1, files: int = 2, **fields: Any) -> pa.Table:
+def embedded(
+    directory: Path,
+    texts: list[Any],
+    shard_mb: float = 1,
+    files: int = 2,
+    pool: Callable[[], Pool] = InlinePool,
+    **fields: Any,
+) -> pa.Table:
     """`vector` and, where rows were refused, `reason` by shard row, of every text in order."""
     corpus = directory / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
@@ -41,7 +49,7 @@ def embedded(directory: Path, texts: list[Any], shard_mb: float = 1, files: int 
     config = {"corpus": {"path": str(corpus), "shard_mb": shard_mb}, "embed": {"kind": "lsa", **fields}}
     config |= {"scores": ["density"], "select": {"budget": {"rows": 1}}, "run": str(directory / "run")}
     config |= {"engine": {"address": "inline", "max_bad_fraction": 1}}
-    with Run(parse(config), InlinePool, quiet=True) as run:
+    with Run(parse(config), pool, quiet=True) as run:
         run.materialize([row_column(False, None)])
         recipe = run.config.embed
         assert isinstance(recipe, Lsa)
@@ -80,6 +88,14 @@ def test_shards_do_not_matter(tmp_path: Path) -> None:
     many = embedded(tmp_path / "b", texts, files=5, shard_mb=0.001, sample=100)
     assert len(list((tmp_path / "b/run/columns/embed").glob("*.parquet"))) > 1
     assert one.combine_chunks().equals(many.combine_chunks())
+
+
+def test_ray_and_inline_agree_to_the_byte(tmp_path: Path, lasting_pool: Pool) -> None:
+    texts, _ = topical(300)
+    inline = embedded(tmp_path / "inline", texts, files=3, shard_mb=0.001, sample=100)
+    assert inline.equals(
+        embedded(tmp_path / "ray", texts, files=3, shard_mb=0.001, sample=100, pool=lambda: lasting_pool)
+    )
 
 
 def test_seed_changes_the_sample(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_another_selection_leaves_no_file_of_the_old_one_and_no_other_file_is_to
     run, selection = sieved(corpus, "two", output=output, select={"budget": {"fraction": 0.1}})
     _, after = write_curated(run, selection)
     assert len(after) < len(before)
-    assert {p.name for p in place.iterdir()} == {f["file"] for f in after} | {"mine.parquet", "notes.txt", "README.md"}
+    assert {p.name for p in place.iterdir()} == {f["file"] for f in after} | {"mine.parquet", "notes.txt"}
     assert sum(pq.read_metadata(place / f["file"]).num_rows for f in after) == 400
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ def levels_of(scores: np.ndarray, keep: np.ndarray) -> np.ndarray:
     return np.bincount(level + LEVELS * keep, minlength=2 * LEVELS).reshape(2, LEVELS)
 
 
+@settings(deadline=None)
 @given(SCORES)
 def test_the_value_of_a_level_is_within_a_128th(score: float) -> None:
     level = int(order_keys(np.array([score], np.float32))[0] >> np.uint32(16))
@@ -110,7 +112,7 @@ def folded(statistic: Overview | Sources, batch: pa.RecordBatch, cuts: list[int]
     """One state a shard of two batches, merged two by two."""
     edges = [0, *sorted(cuts), batch.num_rows]
     states = []
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in pairwise(edges):
         middle, state = (start + end) // 2, {}
         for a, b in ((start, middle), (middle, end)):
             if b > a:
@@ -127,7 +129,7 @@ def folded(statistic: Overview | Sources, batch: pa.RecordBatch, cuts: list[int]
 OVERVIEW = Overview(("a.score",), (4, 1), (0, 2, 3), rows=3, seed=7)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.integers(1, 299), max_size=5, unique=True))
 def test_how_rows_fall_into_batches_and_shards_changes_nothing(cuts: list[int]) -> None:
     batch = batch_of(300)
@@ -170,6 +172,13 @@ def test_an_overview_is_what_counting_finds() -> None:
         assert state["score"][here, 0].tolist() == [np.float32(table["a.score"][i]) for i in expected]
 
 
+def test_rows_with_the_same_key_are_sampled_once() -> None:
+    batch = batch_of(300)
+    same = pa.array([b"0" * 16] * 300, KEY)
+    state = folded(OVERVIEW, batch.set_column(batch.schema.get_field_index("row.key"), "row.key", same), [100])
+    assert state["group"].tolist() == [0, 1, 2, 3]
+
+
 def test_sources_are_what_counting_finds() -> None:
     batch = batch_of(300)
     state = folded(Sources("corpus.source"), batch, [50, 200])
@@ -184,6 +193,7 @@ def test_sources_are_what_counting_finds() -> None:
     assert sum(a[1] for a in found.values()) == sum(batch.column("row.tokens").to_pylist())
 
 
+@settings(deadline=None)
 @given(arrays(np.float32, st.integers(1, 50), elements=SCORES))
 def test_bins_hold_every_finite_draw(scores: np.ndarray) -> None:
     shown = bins(levels_of(scores, np.zeros(len(scores), bool)))

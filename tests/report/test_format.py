@@ -3,7 +3,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.report.format import HARMLESS, UNSAFE, duration, explain, plural, share, short, size, visible
@@ -31,6 +31,7 @@ def test_a_long_text_is_cut_and_says_so() -> None:
     assert visible("", 9) == ""
 
 
+@settings(deadline=None)
 @given(st.text(), st.integers(1, 40))
 def test_nothing_unsafe_comes_through(text: str, length: int) -> None:
     shown = visible(text, length)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.report.html import Html, el
@@ -27,6 +27,7 @@ class Reader(HTMLParser):
         self.text += data
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_text_and_attributes_come_back_as_they_were(text: str) -> None:
     read = Reader(el("p", text, title=text))

@@ -311,6 +311,7 @@ ANY_END = {**C4, "filter_no_terminal_punct": False}
     ("rule", "limits", "passes", "fails"),
     [
         ("dup_line_frac", LAX, "\n".join([*LINES[:7], *LINES[:3]]), "\n".join([*LINES[:6], *LINES[:3]])),
+        ("dup_line_frac", LAX, "\nabcd\nabcd\nefgh", "\nabcd\nabcd\nefgh\n"),  # an empty line at both ends
         ("dup_para_frac", LAX, "\n\n".join([*LINES[:7], *LINES[:3]]), "\n\n".join([*LINES[:6], *LINES[:3]])),
         (  # 4 characters of the line twice: 4 of 20 and 4 of 19
             "dup_line_char_frac",
@@ -362,7 +363,7 @@ ANY_END = {**C4, "filter_no_terminal_punct": False}
             "gopher_too_many_bullets",
             QUALITY,
             prose(50) + "\n• one more" * 5 + "\n -\tone more" * 4,
-            prose(50) + "\n• one more" * 6 + "\n -\tone more" * 4,
+            prose(50) + "\r\n• one more" * 6 + "\n -\tone more" * 4 + "\n",
         ),
         (
             "gopher_too_many_end_ellipsis",
@@ -417,6 +418,12 @@ ANY_END = {**C4, "filter_no_terminal_punct": False}
             FINEWEB,
             "\n".join([*LINES[:3], *[f"{line} {line} and no end" for line in LINES[3:25]]]),
             "\n".join([*LINES[:3], *[f"{line} {line} and no end" for line in LINES[3:26]]]),
+        ),
+        (  # a citation leaves a blank behind, which is stripped off the text but not off the other lines
+            "line_punct_ratio",
+            {"rules": ["c4", "fineweb"], "filter_no_terminal_punct": False, "char_duplicates_ratio": None},
+            "\n".join([*["This line has no end at all, none"] * 5, "The last line of all of them. [1]"]),
+            "\n".join(["The first line of all of them. [1]", *["This line has no end at all, none"] * 5]),
         ),
         (
             "short_line_ratio",
@@ -488,16 +495,21 @@ TEXTS = {
     "chinese": CHINESE
     + "它的质量约为五千九百七十亿亿吨。半径约六千三百七十一公里！密度是五点五克？自转一周。公转一年。",
     "japanese": "東京は日本の首都です。人口は約千四百万人。とても大きな街だ！行きましたか？いつか行きたいです。" * 2,
-    "thai": "\n".join(["กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย.", "มีประชากรมากที่สุดในประเทศ.", "อากาศร้อนมากทั้งปี."] * 2),
+    "thai": "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย.\nมีประชากรมากที่สุด.อากาศร้อนมากทั้งปี.\nคนกิน.ข้าว.",
 }
 
 
 @pytest.mark.parametrize("language", TEXTS)
 def test_scripts_without_spaces_are_judged_by_their_letters(language: str) -> None:
-    sets = {"rules": ["gopher_quality", "c4"], "filter_no_terminal_punct": False}
+    sets = {"rules": ["gopher_repetition", "gopher_quality", "c4"], "filter_no_terminal_punct": False}
     text = TEXTS[language]
     assert judged([text, text[:40], text + " {"], **sets) == ["", "gopher_short_doc", "curly_bracket"]
     assert judged([text], segment_unspaced=False, **sets) != [""]
+
+
+def test_repeated_letters_and_long_lines_are_no_fault_where_letters_are_words() -> None:
+    assert judged([CHINESE + "哈" * 60], rules=["gopher_repetition"]) == [""]
+    assert judged([CHINESE * 20], rules=["c4"], filter_no_terminal_punct=False) == [""]
 
 
 def test_every_letter_is_a_word_where_most_have_no_spaces() -> None:
@@ -527,18 +539,9 @@ def test_a_rule_does_not_depend_on_the_texts_beside(monkeypatch: pytest.MonkeyPa
 
 
 def test_odd_characters_are_judged_like_any_other() -> None:
-    odd = [
-        "\x00",
-        "\u200b",
-        "\ufeff" * 99,
-        "🙂" * 500,
-        "\u0301" * 60,
-        "\U0010ffff",
-        "\n.\n",
-        "\r\r\n\x1c\u2029x",
-        "," * 999,
-    ]
+    odd = ["\x00", "\u200b", "\ufeff" * 99, "\u0301" * 60, "\U0010ffff", "\n.\n", "\r\r\n\x1c\u2029x", "," * 999]
     assert judged(odd, rules=["gopher_quality"]) == ["gopher_short_doc"] * len(odd)
+    assert judged(["🙂" * 500], rules=["gopher_quality"]) == ["gopher_below_avg_threshold"]  # each a word of one letter
     assert all(judged(odd))
 
 

@@ -165,7 +165,7 @@ def _serve(pipe: Connection, name: str, page_seconds: float) -> None:
             kind, _, page = pipe.recv_bytes().partition(b"\n")
         except EOFError:
             return
-        pass
+        signal.setitimer(signal.ITIMER_PROF, page_seconds)
         try:
             mode, _, charset = kind.decode().partition(" ")
             text = decode(page, charset).replace("\0", "")

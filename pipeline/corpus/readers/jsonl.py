@@ -1,5 +1,6 @@
-"""JSON lines, one object a line: polars' reader on blocks of whole lines (read, hashed and written to zstd
-Parquet at 117 MB of text a cpu second, on 106 MB of real documents).
+"""JSON lines, one object a line: polars' reader on blocks of whole lines.
+
+From file to zstd Parquet with ids: 117 MB of text a cpu second, on 99 MB of real documents.
 
 Types come from the first MiB: strings, integers, numbers, booleans and flat lists of them stay what they are; objects
 and fields of mixed types become strings of JSON. A field that first appears later is kept only where `fields` names

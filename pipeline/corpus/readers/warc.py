@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.corpus.readers.base import BLOCK, RAW, Batch, IngestOptions, Reject, Source, may_pass, too_large
+from pipeline.corpus.readers.base import BLOCK, Batch, IngestOptions, Reject, Source, may_pass, too_large
 from pipeline.corpus.readers.extract import Extractor, PageError, extractor
 from pipeline.errors import CorpusError
 
@@ -33,6 +33,8 @@ FIELDS = pa.schema(
     ]
 )
 HTML = ("text/html", "application/xhtml+xml")
+HEAD = 1024
+"""Bytes of a rejected record that quarantine keeps; `offset` finds the rest, and pages without text are many."""
 ROWS_A_BATCH = 1024
 
 
@@ -118,13 +120,9 @@ def _add(rows: _Rows, record: Any, number: int, limit: int, pages: Extractor) ->
             return
         if size > limit:
             raise PageError(too_large(limit))
-        body = page.body(limit)
-        if page.kind in HTML:
-            text = pages.main_text(body, page.charset)
-        else:
-            text = pages.main_text(body, page.charset, plain=True)
+        text = pages.main_text(page.body(limit), page.charset, plain=page.kind not in HTML)
     except PageError as error:
-        rows.rejects.append(Reject(number, offset, str(error), size, block[:RAW]))
+        rows.rejects.append(Reject(number, offset, str(error), size, block[:HEAD]))
         return
     language = record.headers.get("WARC-Identified-Content-Language")
     rows.values.append((record.record_id, text, url, record.record_date, page.kind, language))

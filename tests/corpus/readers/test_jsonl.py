@@ -85,6 +85,14 @@ def test_every_line_is_a_row_or_a_reject(tmp_path: Path, lines: list[bytes]) -> 
     assert all(line in b"\n".join(lines) for line in (r.raw for r in rejected.values()))
 
 
+@pytest.mark.parametrize("half", [r"\ud83d", r"\uDE00 x", r"\ude00\ud83d", r"\ud83d\ud83d\ude00", r"\\\ud83d"])
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, half: str) -> None:
+    lines = ['{"text": "a"}', f'{{"text": "{half}"}}', r'{"text": "\ud83d\ude00 \\ud83d"}']
+    (batch,) = jsonl.read(source(tmp_path / "x.jsonl", "\n".join([*lines, ""]).encode()), OPTIONS, FIELDS)
+    assert batch.rows["text"].to_pylist() == ["a", "\U0001f600 \\ud83d"]
+    assert [(r.record, r.reason) for r in batch.rejects] == [(2, "half a surrogate pair")]
+
+
 def test_blocks_do_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"row {i} " + "x" * (i % 50)}).encode() if i % 7 else b"bad" for i in range(500)]
     file = source(tmp_path / "x.jsonl", b"\n".join(lines))
