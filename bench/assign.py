@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from pipeline.artifact import Artifact
 from pipeline.concepts import assign
 from pipeline.concepts.kmeans import CENTROIDS
 from pipeline.corpus.storage import Store
 from pipeline.engine import threads
-from pipeline.run import Artifact
 from pipeline.vectors import load_faiss
 
 PARTS = ("bare", "tuned", "column")

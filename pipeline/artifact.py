@@ -46,8 +46,8 @@ class Artifact:
         if not cache.exists():
             cache.parent.mkdir(mode=0o700, exist_ok=True)
             incoming = cache.with_name(f"{cache.name}.{uuid.uuid4().hex[:8]}.tmp")
-            source = self.store.filesystem
-            pafs.copy_files(self.store.path, str(incoming), source, pafs.LocalFileSystem())
+            incoming.mkdir()
+            pafs.copy_files(self.store.path, str(incoming), self.store.filesystem, pafs.LocalFileSystem())
             try:
                 incoming.rename(cache)
             except OSError:  # another worker of this machine was first

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -129,6 +130,7 @@ def main() -> None:
     """Entry point of the console script: errors of the user's become one message and exit code 1."""
     from pipeline.errors import TamisError
 
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that locks and workers are let go
     try:
         app()
     except TamisError as error:

@@ -74,7 +74,8 @@ def sieve(run: Run) -> Selection:
     embed = embedding(config)
 
     base = row_column(config.corpus.id is not None, config.corpus.tokenizer)
-    run.plan(base)
+    if run.stale(base):
+        run.warm_up()
     for score in early:
         score.fit(run)
     if embed:
@@ -106,6 +107,7 @@ def harvest(run: Run, selection: Selection) -> Curated:
     """Write what was selected, in the forms that people and trainers read."""
     directory, files = write_curated(run, selection)
     write_handoff(run, selection)
+    run.release()  # the report reads little: the driver does it while Ray shuts down
     write_report(run, selection, files)
     run.finish()
     return Curated(

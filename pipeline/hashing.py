@@ -34,7 +34,7 @@ def mix64(x: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):  # arithmetic is modulo 2**64
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return np.asarray(x ^ (x >> np.uint64(31)))
 
 
 def hash64(keys: pa.FixedSizeBinaryArray, seed: int) -> np.ndarray:

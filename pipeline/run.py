@@ -20,6 +20,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -96,6 +97,10 @@ class Run:
         self.seed = self.config.seed
         self.manifest: dict[str, Any] = {}
         self._pool: Pool | None = None
+        # One thread connects and lets go: the processes that Ray starts live no longer than the thread that does.
+        self._engine = ThreadPoolExecutor(1, "engine")
+        self._connecting: Future[Pool] | None = None
+        self._closing: Future[None] | None = None
         self._lock = RunLock(self.store)
 
     # ---- opening and closing
@@ -115,6 +120,7 @@ class Run:
             self._list()
             self.save()
         except BaseException:
+            self._disconnect()
             self._lock.release()
             raise
         return self
@@ -123,8 +129,7 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if self._pool is not None:
-                self._pool.close()
+            self._disconnect()
             if error is not None:
                 self.manifest |= {"status": "failed", "error": str(error) or type(error).__name__}
                 with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
@@ -297,6 +302,10 @@ class Run:
         for plan in plans:
             self._note_column(plan, sum(plan.column.name in names for names in todo.values()), bad[plan.column.name])
         self.save()
+
+    def stale(self, column: Column) -> bool:
+        """Plan a column; whether some of it is to be computed."""
+        return bool(self._survey(self.plan(column))[0])
 
     def _survey(self, plan: Plan) -> tuple[list[int], int]:
         """Shards whose part is missing or not true, and the rows that the others have in quarantine."""
@@ -475,9 +484,27 @@ class Run:
         memory = wish.memory or int(engine.memory_gb * (1 << 30))
         return replace(wish, cpus=engine.cpus if wish == Resources() else wish.cpus, memory=memory)
 
+    def warm_up(self) -> Future[Pool]:
+        """Begin to connect: Ray takes seconds to start, in which the driver can fit and plan."""
+        if self._connecting is None:
+            self._connecting = self._engine.submit(self.connect)
+        return self._connecting
+
+    def release(self) -> None:
+        """Let go of the engine, in the background: what is left to do is light. A heavy pass would connect again."""
+        if self._connecting is not None:
+            self._closing = self._engine.submit(_close, self._connecting)
+        self._pool = self._connecting = None
+
+    def _disconnect(self) -> None:
+        self.release()
+        self._engine.shutdown()
+        if self._closing is not None:
+            self._closing.result()
+
     def _started(self) -> Pool:
         if self._pool is None:
-            self._pool = self.connect()
+            self._pool = self.warm_up().result()
         return self._pool
 
     def _is_light(self, references: Sequence[str]) -> bool:
@@ -486,6 +513,11 @@ class Run:
             return False
         columns = {r.partition(".")[0] for r in references} - {"address"}
         return sum(sum(self.store.files("columns", column).values()) for column in columns) <= LIGHT_BYTES
+
+
+def _close(connecting: Future[Pool]) -> None:
+    if connecting.exception() is None:
+        connecting.result().close()
 
 
 def _bits(kind: pa.DataType) -> int:

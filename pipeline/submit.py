@@ -73,7 +73,7 @@ def submit_job(config: str, address: str, overrides: list[str], run: str | None)
 
 
 def _submit(client: Any, entrypoint: str, directory: str) -> str:
-    """Submit with a working directory. A head that has just started answers before it can take jobs: it is waited for."""
+    """Submit with a working directory; wait for a head that has just started and cannot take jobs yet."""
     patience = time.monotonic() + READY_S
     while True:
         try:

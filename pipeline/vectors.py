@@ -52,9 +52,7 @@ def unit_vectors(x: np.ndarray, reasons: np.ndarray | None = None) -> pa.RecordB
     flat = pa.array((scaled / norms[:, None]).astype(np.float16).ravel())
     mask = pa.array(refused) if refused.any() else None
     vectors = pa.FixedSizeListArray.from_arrays(flat, x.shape[1], mask=mask)
-    return pa.record_batch(
-        [vectors, pa.array(reasons, pa.string(), mask=~refused)], schema=vector_schema(x.shape[1])
-    )
+    return pa.record_batch([vectors, pa.array(reasons, pa.string(), mask=~refused)], schema=vector_schema(x.shape[1]))
 
 
 def load_faiss() -> ModuleType:
@@ -73,7 +71,7 @@ def load_faiss() -> ModuleType:
             os.environ[CORE_TYPE] = newer.get(core, core)
             import faiss
 
-            # SciPy's OpenBLAS would obey it too, where it is loaded later: results would depend on the order of imports.
+            # SciPy's OpenBLAS would obey it, too, if loaded later: results would depend on the order of imports.
             del os.environ[CORE_TYPE]
     import faiss
 

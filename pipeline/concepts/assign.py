@@ -15,7 +15,8 @@ from pipeline.recipe import Column, Transform, fingerprint
 from pipeline.vectors import flat_index, matrix, nearest
 
 if TYPE_CHECKING:
-    from pipeline.run import Artifact, Run
+    from pipeline.artifact import Artifact
+    from pipeline.run import Run
 
 FIELDS = pa.schema([("concept", pa.int32()), ("distance", pa.float32())])
 BATCH_ROWS = 16384

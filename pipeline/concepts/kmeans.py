@@ -30,7 +30,8 @@ from pipeline.sample import Sample, draw, needs_fit
 from pipeline.vectors import as_float32, flat_index, load_faiss, matrix, nearest
 
 if TYPE_CHECKING:
-    from pipeline.run import Artifact, Run
+    from pipeline.artifact import Artifact
+    from pipeline.run import Run
 
 log = logging.getLogger(__name__)
 

@@ -95,7 +95,7 @@ def atomic_write(filesystem: pafs.FileSystem, path: str) -> Iterator[Any]:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            with filesystem.open_output_stream(temporary) as sink:
+            with filesystem.open_output_stream(temporary, compression=None) as sink:
                 yield sink
             os.replace(temporary, path)
         except BaseException:
@@ -106,7 +106,7 @@ def atomic_write(filesystem: pafs.FileSystem, path: str) -> Iterator[Any]:
     # Closing an upload that failed half-way would publish the half, so the bytes wait here for their one PUT.
     buffer = pa.BufferOutputStream()
     yield buffer
-    with filesystem.open_output_stream(path) as sink:
+    with filesystem.open_output_stream(path, compression=None) as sink:
         sink.write(buffer.getvalue())
 
 
@@ -150,7 +150,7 @@ class Store:
 
     def read(self, *names: str) -> bytes:
         """Content of a file. Raises FileNotFoundError."""
-        with self.filesystem.open_input_stream(self.at(*names)) as source:
+        with self.filesystem.open_input_stream(self.at(*names), compression=None) as source:
             return bytes(source.read())
 
     def write(self, content: bytes, *names: str) -> None:

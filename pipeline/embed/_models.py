@@ -16,7 +16,8 @@ from pipeline.errors import MissingExtra, TamisError
 from pipeline.recipe import fingerprint
 
 if TYPE_CHECKING:
-    from pipeline.run import Artifact, Run
+    from pipeline.artifact import Artifact
+    from pipeline.run import Run
 
 HUB = "hf://"
 FILES = ("*.json", "*.txt", "*.model", "*.safetensors")

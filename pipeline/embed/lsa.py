@@ -28,7 +28,8 @@ from pipeline.vectors import unit_vectors, vector_schema
 from pipeline.words import hashed_words
 
 if TYPE_CHECKING:
-    from pipeline.run import Artifact, Run
+    from pipeline.artifact import Artifact
+    from pipeline.run import Run
 
 PROJECTION = "projection.npy"
 

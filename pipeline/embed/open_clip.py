@@ -27,7 +27,8 @@ from pipeline.recipe import Column, Resources, Transform, fingerprint
 from pipeline.vectors import unit_vectors, vector_schema
 
 if TYPE_CHECKING:
-    from pipeline.run import Artifact, Run
+    from pipeline.artifact import Artifact
+    from pipeline.run import Run
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")

@@ -28,7 +28,8 @@ from pipeline.recipe import Column, Resources, Transform, fingerprint
 from pipeline.vectors import unit_vectors, vector_schema
 
 if TYPE_CHECKING:
-    from pipeline.run import Artifact, Run
+    from pipeline.artifact import Artifact
+    from pipeline.run import Run
 
 WIDTHS = ("hidden_size", "d_model", "dim")
 """How configurations name the width of the last layer."""

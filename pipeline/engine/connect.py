@@ -37,8 +37,10 @@ def connect(engine: EngineConfig) -> Pool:
             os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
-    elastic = ray.is_initialized() or address != "local"
-    if not ray.is_initialized():
+    owned = not ray.is_initialized()
+    elastic = not owned or address != "local"
+    if owned:
+        logging.getLogger("ray").setLevel(logging.ERROR)  # it warns that a thread cannot set its handler of SIGTERM
         options = {"address": address, "logging_level": logging.ERROR, "log_to_driver": False}
         if address == "local":
             options |= {
@@ -52,4 +54,4 @@ def connect(engine: EngineConfig) -> Pool:
         except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
             where = "on this machine" if address == "local" else f"at {address}"
             raise TamisError(f"cannot connect to Ray {where}: {error}") from error
-    return RayPool(engine.workers, engine.timeout_s, engine.retries, elastic)
+    return RayPool(engine.workers, engine.timeout_s, engine.retries, elastic, owned)

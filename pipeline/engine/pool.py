@@ -192,14 +192,17 @@ class RayPool:
 
     `timeout_s`: a unit that takes longer is killed with its actor and tried again; as long a pass waits for its first
     actor. `retries`: tries after the first. `elastic`: whether the cluster may still grow; where it may not, an actor
-    that does not fit is an error at once.
+    that does not fit is an error at once. `owned`: whether Ray was started (or joined) for this pool, and ends with it.
     """
 
-    def __init__(self, workers: int | None, timeout_s: float, retries: int, elastic: bool = True) -> None:
+    def __init__(
+        self, workers: int | None, timeout_s: float, retries: int, elastic: bool = True, owned: bool = False
+    ) -> None:
         self.workers = workers
         self.timeout_s = timeout_s
         self.retries = retries
         self.elastic = elastic
+        self.owned = owned
         self.lost = 0
         self._crews: dict[Resources, _Crew] = {}
         self._passes = 0
@@ -329,6 +332,10 @@ class RayPool:
         for crew in self._crews.values():
             crew.dismiss()
         self._crews.clear()
+        if self.owned:
+            import ray
+
+            ray.shutdown()
 
 
 def _needs(resources: Resources) -> str:

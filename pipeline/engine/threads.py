@@ -40,7 +40,7 @@ def limited(count: float) -> Iterator[None]:
     before, arrow = _cpus, pa.cpu_count()
     variables = {name: os.environ.get(name) for name in BLAS_VARIABLES}
     _set(_whole(count))
-    # A library that the block imports asks these: without them its first fit would run with all cores and round otherwise.
+    # A library that the block imports asks these: else its first fit would run on all cores, and round otherwise.
     os.environ.update(dict.fromkeys(BLAS_VARIABLES, str(_cpus)))
     try:
         with threadpool_limits(limits=_cpus):

@@ -73,11 +73,11 @@ def reading_rate(run: Run, names: Sequence[str]) -> float:
     return (time.perf_counter() - started) / shard.rows
 
 
-def writing_rate(table: pa.Table, file: Path) -> float:
-    """Seconds a row to write curated Parquet."""
+def writing_rate(table: pa.Table, file: Path) -> tuple[float, float]:
+    """Seconds and bytes a row to write curated Parquet."""
     started = time.perf_counter()
     pq.write_table(table, file, compression="zstd")
-    return float((time.perf_counter() - started) / table.num_rows)
+    return (time.perf_counter() - started) / table.num_rows, file.stat().st_size / table.num_rows
 
 
 def thin_rate(directory: Path) -> float:

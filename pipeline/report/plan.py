@@ -6,7 +6,8 @@ over thin columns from bytes at a measured rate. Reads the footers of the corpus
 which is removed, and neither makes nor changes the run's.
 
 Trades: time is for cores like these, without Ray's start (about five seconds) and without waiting for an object store;
-a fit on a sample larger than 2,048 rows is scaled in proportion; text columns are taken to be those of the sample.
+a fit that asks for more than 2,048 rows takes longer than is said, at most in proportion (LSA: 11 s on 2,048 rows, 15 s
+on 10,000). On a corpus of 11,817 rows, columns of numbers came out within 10 % of what is said here.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ from pipeline.report.format import count, duration, plural, short, size, visible
 if TYPE_CHECKING:
     from pipeline.config import Config
     from pipeline.embed.base import Embed
-    from pipeline.recipe import Recipe
     from pipeline.run import Run
     from pipeline.scores.base import Score
 
 SAMPLE_ROWS, SAMPLE_BYTES, SAMPLE_SHARDS = 2048, 32 << 20, 4
+ID_BYTES = 36
+"""Of the column `tamis` that a curated row carries: its id as hex digits and its concept; scores come on top."""
 THIN_PASSES = 8
 """Passes over thin columns of a selection and what follows: two or three for the threshold, one each for keep flags,
 totals, output, hand-off and report."""
@@ -72,6 +74,7 @@ class Plan:
     workers: int
     stages: tuple[Stage, ...]
     columns: dict[str, float]
+    artifacts: int
     kept_rows: float
     curated: float
     worker_memory: int
@@ -85,7 +88,7 @@ class Plan:
     @property
     def stored(self) -> float:
         """Bytes that the run comes to hold."""
-        return sum(self.columns.values()) + self.curated
+        return sum(self.columns.values()) + self.artifacts + self.curated
 
 
 def make_plan(config: Config) -> Plan:
@@ -170,9 +173,10 @@ def _add_up(scene: Scene) -> Plan:
     kept = min(1.0, wanted / max(available[config.select.budget.unit], 1.0)) * rows
     carried = config.corpus.columns or scene.run.schema.names
     source = scene.stored(carried)
-    seconds = rows * measure.reading_rate(scene.run, carried)
-    seconds += kept * measure.writing_rate(scene.sample.select(carried), scene.scratch / "out.parquet")
-    stages.append(Stage("write", source, source * kept / rows, seconds / scene.busy))
+    writing, width = measure.writing_rate(scene.sample.select(carried), scene.scratch / "out.parquet")
+    width += ID_BYTES + 4 * len(names) if config.output.scores else 0
+    seconds = rows * measure.reading_rate(scene.run, carried) + kept * writing
+    stages.append(Stage("write", source, kept * width, seconds / scene.busy))
     plan = Plan(
         run=config.run,
         files=scene.whole.manifest["corpus"]["files"],
@@ -185,8 +189,9 @@ def _add_up(scene: Scene) -> Plan:
         workers=scene.workers,
         stages=tuple(stages),
         columns=columns,
+        artifacts=sum(scene.run.store.files("artifacts", recursive=True).values()),
         kept_rows=kept,
-        curated=source * kept / rows,
+        curated=kept * width,
         worker_memory=measure.peak_memory(),
         free=_free(config.run),
         warnings=(),
@@ -211,7 +216,7 @@ def text_stages(scene: Scene) -> tuple[list[Stage], dict[str, float], int]:
         before = len(run.manifest["passes"])
         recipe.fit(run)
         column = recipe.column(run)
-        stages += [_fit_stage(scene, recipe, p, read) for p in run.manifest["passes"][before:]]
+        stages += [_fit_stage(scene, p, read) for p in run.manifest["passes"][before:]]
         rates[column.name] = measure.column_rate(run, column)
         if recipe is embed:
             dims = column.fields.field("vector").type.list_size
@@ -222,13 +227,11 @@ def text_stages(scene: Scene) -> tuple[list[Stage], dict[str, float], int]:
     return [*stages, Stage("+".join(rates), read, sum(columns.values()), seconds, flops)], columns, dims
 
 
-def _fit_stage(scene: Scene, recipe: Recipe, measured: dict[str, Any], read: float) -> Stage:
-    """A pass of a fit: one over rows grows with the corpus, one in a single worker with its sample."""
-    if measured["rows"]:
-        seconds = measured["seconds"] * scene.rows / measured["rows"] / scene.busy
-        return Stage(measured["pass"], read, 0, seconds)
-    drawn = min(getattr(recipe, "sample", 0), scene.rows)
-    return Stage(measured["pass"], 0, 0, measured["seconds"] * max(1.0, drawn / scene.sample.num_rows))
+def _fit_stage(scene: Scene, measured: dict[str, Any], read: float) -> Stage:
+    """A pass of a fit: one over rows grows with the corpus, one in a single worker is what it was on the sample."""
+    if not measured["rows"]:
+        return Stage(measured["pass"], 0, 0, measured["seconds"])
+    return Stage(measured["pass"], read, 0, measured["seconds"] * scene.rows / measured["rows"] / scene.busy)
 
 
 def concept_stages(scene: Scene, dims: int) -> list[Stage]:
@@ -293,8 +296,10 @@ def warnings(scene: Scene, plan: Plan, wanted: float, available: dict[str, float
             f"{count(bad)} of {count(plan.sample_rows)} sampled rows have no usable text, more than "
             f"engine.max_bad_fraction = {engine.max_bad_fraction:g} allows: the run would stop"
         )
-    if plan.free is not None and plan.stored > plan.free:
-        yield f"{size(plan.stored)} are needed in {plan.run}, {size(plan.free)} are free: make room, or use --run"
+    if plan.free is not None:
+        need = plan.stored - sum(Store(plan.run).files(recursive=True).values())  # what is there is written over
+        if need > plan.free:
+            yield f"{size(need)} more are needed in {plan.run}, {size(plan.free)} are free: make room, or use --run"
     if plan.shards < plan.workers:
         yield f"{plan.workers} workers for {plan.shards} shards: lower corpus.shard_mb to give all of them work"
     if engine.address in (None, "inline"):
@@ -365,8 +370,9 @@ def print_plan(plan: Plan) -> None:
     lines.append(line("all", *sums))
     print_table(out, ["stage", "reads", "writes", "FLOPs", "time"], lines, "tnnnn")
     out.print()
-    stored = [(visible(name, 60), f"{b / plan.rows:.3g} B", size(b)) for name, b in plan.columns.items()]
-    stored.append(("curated", f"{plan.curated / max(plan.kept_rows, 1):.3g} B", size(plan.curated)))
+    stored = [(visible(name, 60), size(b / plan.rows), size(b)) for name, b in plan.columns.items()]
+    stored.append(("artifacts", "", size(plan.artifacts)))
+    stored.append(("curated", size(plan.curated / max(plan.kept_rows, 1)), size(plan.curated)))
     stored.append(("all", "", size(plan.stored)))
     print_table(out, ["stored", "a row", "in all"], stored, "lnn")
     out.print()

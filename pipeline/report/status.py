@@ -34,11 +34,8 @@ def print_status(run_uri: str) -> int:
     out.print(text(told, "bold" if code == 0 else "bold red"))
     corpus = run.manifest.get("corpus")
     if corpus:
-        out.print(
-            text(
-                f"{count(corpus['rows'])} rows in {plural(corpus['shards'], 'shard')} of {plural(corpus['files'], 'file')}"
-            )
-        )
+        cut = f"{plural(corpus['shards'], 'shard')} of {plural(corpus['files'], 'file')}"
+        out.print(text(f"{count(corpus['rows'])} rows in {cut}"))
     print_columns(out, run, owner)
     print_passes(out, run)
     print_quarantine(out, run)

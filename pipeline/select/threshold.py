@@ -11,7 +11,8 @@ exceed it. The result depends on neither the order of shards nor how rows fall i
 weight is rounded. Groups (concepts) each have a budget of their own and are searched in the same passes.
 
 Costs: at most 2**22 bins of 24 bytes whatever the corpus, and 65,536 for one group; once no more than 2**16 rows are
-in question their whole digits are listed, which ends the search. About 5 ns a row and pass, 40 with groups.
+in question their whole digits are listed, which ends the search. About 7 ns of a core a row and pass beside reading it,
+ten times that with groups, whose bins are found by sorting each batch.
 """
 
 from __future__ import annotations

@@ -152,21 +152,22 @@ class Realised:
         return ("select.keep", "select.reason", "row.tokens", "row.bytes", "address.shard", self.score, *concept)
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
-        keep = numpy_of(batch, "select.keep")
-        sizes = [numpy_of(batch, f"row.{unit}")[keep] for unit in AMOUNTS[1:]]
-        amounts = np.stack([np.ones(len(sizes[0]), np.int64), *sizes], axis=1)
+        kept = np.flatnonzero(numpy_of(batch, "select.keep"))
+        sizes = [numpy_of(batch, f"row.{unit}", kept) for unit in AMOUNTS[1:]]
+        amounts = np.stack([np.ones_like(kept), *sizes], axis=1)
+        total = amounts.sum(axis=0)
         reason = batch.column("select.reason")
         new = {
             "reason": np.array(reason.dictionary.to_pylist(), dtype=np.str_),
             "count": np.bincount(reason.indices.to_numpy(), minlength=len(reason.dictionary)),
-            "kept": amounts.sum(axis=0),
+            "kept": total,
             "shard": numpy_of(batch, "address.shard")[:1].astype(np.int64),
-            "of_shard": amounts.sum(axis=0)[None],
+            "of_shard": total[None],
             "of_concept": np.zeros((self.concepts, len(AMOUNTS)), np.int64),
-            "lowest": np.array([numpy_of(batch, self.score)[keep].min(initial=np.float32(np.inf))], np.float32),
+            "lowest": np.array([numpy_of(batch, self.score, kept).min(initial=np.float32(np.inf))], np.float32),
         }
         if self.concepts:
-            np.add.at(new["of_concept"], numpy_of(batch, "concept.concept")[keep], amounts)
+            np.add.at(new["of_concept"], numpy_of(batch, "concept.concept", kept), amounts)
         return self.merge([state, new] if state else [new])
 
     def merge(self, states: Sequence[State]) -> State:

@@ -307,7 +307,8 @@ def _join(docs: Docs, starts: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray,
         found, _ = table.find(docs.digests(starts[at], ends[at + count - 1]))
         at = at[found]
         at = at[~(used[at] | used[at + count - 1])]
-        at = at[np.diff(at, prepend=-count) >= count]
+        chain = np.maximum.accumulate(np.where(np.diff(at, prepend=-count) >= count, at, 0))
+        at = at[(at - chain) % count == 0]
         for offset in range(count):
             used[at + offset] = True
             joined[at[:, None] + np.arange(1, count)] = True

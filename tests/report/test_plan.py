@@ -56,6 +56,10 @@ def test_counts_and_sizes_are_those_of_the_run(corpus: Path, tmp_path: Path) -> 
     assert concept.flops == 2 * 6 * 8 * 3000
 
     result = curate(config, quiet=True)
+    fitted = (tmp_path / "run" / "artifacts" / "lsa").iterdir()
+    assert plan.artifacts == pytest.approx(sum(f.stat().st_size for f in fitted), rel=0.05)
+    written = sum(f.stat().st_size for f in (tmp_path / "run" / "curated").glob("*.parquet"))
+    assert plan.curated == pytest.approx(written, rel=0.4)
     assert plan.tokens == pytest.approx(result.tokens_kept * 5, rel=0.1)
     for name in plan.columns:
         files = (tmp_path / "run" / "columns" / name).iterdir()
@@ -106,7 +110,7 @@ def test_what_curate_would_refuse_is_refused(corpus: Path, tmp_path: Path) -> No
 def test_workers_share_the_work(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With fixed rates, four workers take a quarter of the time of one in what is done shard by shard."""
     monkeypatch.setattr(planning.measure, "reading_rate", lambda run, names: 1.0)
-    monkeypatch.setattr(planning.measure, "writing_rate", lambda table, file: 1.0)
+    monkeypatch.setattr(planning.measure, "writing_rate", lambda table, file: (1.0, 100.0))
     seconds = []
     for engine in ({"address": "inline"}, {"workers": 4}, {"workers": 400}):
         config = parse(

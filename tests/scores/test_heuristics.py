@@ -64,6 +64,7 @@ def sentences_of(line: str) -> int:
         ("10am 2p.m. 5km/h. 3.5m 10%. 100°C 10°C.", "10|am|2|p.m.|5|km/h|.|3.5|m|10|%|.|100|°|C|10|°|C|."),
         ("$5,000. US$5 (C$7) #1 @x AT&T C++.", "$|5,000|.|US$|5|(|C$|7|)|#|1|@x|AT&T|C++|."),
         ("hello:) :-( (8) ... ..foo word... a..b", "hello|:)|:-(|(|8)|...|..|foo|word|...|a|..|b"),
+        (":):):) :( ):(a", ":)|:)|:)|:(|):|(|a"),
         ("<b>bold</b> [1][2] **x** _y_ &amp; ->", "<|b|>|bold</b|>|[|1][2|]|*|*|x|*|*|_|y|_|&|amp|;|-|>"),
         ("🙂a b🙂c «x» ¿Qué? 你好世界。 foo\u200bbar", "🙂|a|b|🙂|c|«|x|»|¿|Qué|?|你好世界|。|foo\u200bbar"),
         (" a\u00a0b\n\n\tc\u3000d\x85e ", "a|b|c|d|e"),
@@ -331,11 +332,11 @@ ANY_END = {**C4, "filter_no_terminal_punct": False}
             "aa bb cc aa bb dd eeeeeeeeeeeeeeeee ffffffffffffff",
             "aa bb cc aa bb dd eeeeeeeeeeeeeeeee fffffffffffff",
         ),
-        (  # the five letters that come again, of 50 and 49 characters
+        (  # five words of four letters come again: 20 characters of 200 and 199
             "duplicated_5_n_grams",
             {**LAX, "dup_n_grams": {5: 0.1}},
-            "a b c d e x a b c d e " + "y" * 28,
-            "a b c d e x a b c d e " + "y" * 27,
+            " ".join([*distinct(35), *distinct(5)]) + " ",
+            " ".join([*distinct(35), *distinct(5)]),
         ),
         ("gopher_short_doc", QUALITY, prose(50), prose(49)),
         ("gopher_short_doc", QUALITY, prose(50, ".", "—"), prose(49, ".", "—")),  # symbols alone do not count

@@ -85,7 +85,7 @@ def read(source: Source, options: IngestOptions, fields: pa.Schema) -> Iterator[
 
     pages = extractor(options.extractor, options.page_seconds)
     with source.open() as raw:
-        stream = _Stream(raw)
+        stream: Any = _Stream(raw)  # it has what is used of a file, `read`, and not all that fastwarc's types ask for
         rows, number = _Rows(), 0
         try:
             for number, record in enumerate(ArchiveIterator(stream, parse_http=False, stream_detect=False), 1):
