@@ -30,6 +30,10 @@ class TooManyBadRows(TamisError):
     """More rows went to quarantine than engine.max_bad_fraction allows."""
 
 
+class BudgetTooSmall(TamisError):
+    """Not even the first row fits the budget."""
+
+
 class DiskFull(TamisError):
     """No space is left where the run writes."""
 

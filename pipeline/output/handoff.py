@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 from pipeline.corpus.shards import MIB
+from pipeline.errors import BudgetTooSmall
 from pipeline.output.curated import VALIDATION, validation_rows
 from pipeline.output.write import Subset, sweep, write_subset
 from pipeline.run import Run
@@ -39,8 +40,11 @@ def write_handoff(run: Run, selection: Selection) -> None:
         described["calibration"] = _write(run, calibration)
         drawn, left = [*drawn, "calibration"], left - calibration.rows
     if wanted.recovery_tokens and left:
-        recovery = subset(run, "recovery", tokens=wanted.recovery_tokens, seed=run.seed, without=tuple(drawn))
-        described["recovery"] = _write(run, recovery)
+        try:
+            recovery = subset(run, "recovery", tokens=wanted.recovery_tokens, seed=run.seed, without=tuple(drawn))
+            described["recovery"] = _write(run, recovery)
+        except BudgetTooSmall as error:  # no reason to lose a curated set that is finished
+            described["recovery"] = {"num_samples": 0, "why": f"handoff.recovery_tokens: {error}"}
     for name in {"calibration", "recovery"} - described.keys():
         run.store.remove("handoff", name)
     run.store.write(json.dumps(described, indent=2).encode(), "handoff.json")

@@ -230,7 +230,10 @@ def rows(facts: Facts) -> list[Html]:
             shown.append(el("details", summary, _pair(found), open=not shown, id=f"concept-{concept}"))
     if facts.sampled_shards < len(run.live):
         about += f", out of {facts.sampled_shards} of {count(len(run.live))} shards"
-    command = el("code", f"tamis show {_path(run.store.uri)} --dropped --by {facts.scores[0]}")
+    command = el(
+        "code",
+        f"tamis show {_path(run.store.uri)} --dropped --by {facts.selection.ranked_by[0].removesuffix('.score')}",
+    )
     return [_note(about, ". See more with ", command), *shown]
 
 

@@ -49,7 +49,7 @@ class Budget(_Model):
         if len(given) != 1:
             found = f"it has {' and '.join(given)}" if given else "it has none"
             raise ValueError(f"needs exactly one of rows, tokens, bytes and fraction; {found}")
-        if "of" in self.model_fields_set and self.fraction is None:
+        if self.of != "rows" and self.fraction is None:
             raise ValueError(f"`of` belongs to `fraction`: remove it, or write {{fraction: 0.1, of: {self.of}}}")
         return self
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from pipeline.errors import TamisError
+from pipeline.errors import BudgetTooSmall, TamisError
 from pipeline.recipe import State
 from pipeline.select.ranking import ONES, Line, Ranking, narrow, numpy_of, of_group
 
@@ -301,7 +301,7 @@ def exact(run: Run, ranking: Ranking, allot: Allot, *, skip: bool = False) -> Cu
         unit, first = ranking.unit.partition(".")[2] or "rows", int(search.next_weight.max(initial=0))
         if not search.totals.rows.any():
             raise TamisError("no row is left to select from: all are below a floor or in quarantine")
-        raise TamisError(
+        raise BudgetTooSmall(
             f"the first row alone has {first:,} {unit}, more than the budget of {int(search.budget.sum()):,}: "
             f"raise the budget{'; every row is larger' if skip else ' or set `skip: true` to go on with smaller rows'}"
         )

@@ -78,3 +78,11 @@ def test_very_few_rows_are_shared_as_far_as_they_go(sieved: Sieve, corpus: Path,
     counts = [described[name]["num_samples"] for name in ("calibration", "recovery") if name in described]
     assert counts[0] == 1
     assert sum(counts) == rows - (layout == "nanochat")
+
+
+def test_a_recovery_budget_below_one_row_does_not_lose_the_run(sieved: Sieve, corpus: Path) -> None:
+    run, selection = sieved(corpus, handoff={"calibration_rows": 4, "recovery_tokens": 1})
+    write_handoff(run, selection)
+    described = json.loads(run.store.read("handoff.json"))
+    assert described["recovery"]["num_samples"] == 0
+    assert "recovery_tokens" in described["recovery"]["why"]
