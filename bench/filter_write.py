@@ -2,10 +2,10 @@
 
 usage: python bench/filter_write.py [--corpus DIR] [--keep SHARE] [--rounds R] [--rows N]
 
-Both read every file, keep the same rows (a random share) and write them as zstd Parquet with row groups of one size. The
-bare loop is `read_table`, `filter`, `write_table`, file by file; ours is `write_subset` over stored flags in process, with
-its counting, planning and fingerprints. They run in turns; the ratio is of their best times. Without --corpus a corpus of
-N rows is made from the example sample.
+Both read every file, keep the same rows (a random share) and write them as zstd Parquet with row groups of one size.
+The bare loop is `read_table`, `filter`, `write_table`, file by file; ours is `write_subset` over stored flags in this
+process, with its counting, planning and fingerprints. They run in turns; the ratio is of their best times. Without
+--corpus a corpus of N rows is made from the example sample.
 """
 
 from __future__ import annotations

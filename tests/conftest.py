@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 
 from pipeline.config import EngineConfig, parse
 from pipeline.engine.connect import connect
@@ -19,6 +20,9 @@ from pipeline.run import Run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # actors import `toys`: Ray hands them the driver's path
+
+settings.register_profile("tamis", deadline=None)  # a busy machine is not a wrong result
+settings.load_profile("tamis")
 
 RAY_CPUS = 6
 """Cores that Ray believes in, so that four workers and the lasting two run side by side on any machine."""

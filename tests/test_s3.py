@@ -48,15 +48,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (server_dir / "s3.json").write_text(json.dumps(identities))
     ports = [free_port() for _ in range(4)]
     named = zip(("master", "volume", "filer", "s3"), ports, strict=True)
-    arguments = [
-        WEED,
-        "server",
-        f"-dir={server_dir}",
-        "-ip=127.0.0.1",
-        "-ip.bind=127.0.0.1",
-        "-s3",
-        "-s3.port.iceberg=0",
-    ]
+    arguments = [WEED, "server", "-s3", f"-dir={server_dir}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+    arguments += ["-s3.port.iceberg=0"]
     arguments += [f"-s3.config={server_dir}/s3.json", "-master.volumeSizeLimitMB=64", "-volume.max=64"]
     arguments += [f"-{name}.port={port}" for name, port in named]
     with (server_dir / "log").open("w") as log, pytest.MonkeyPatch.context() as patch:
@@ -128,12 +121,17 @@ def fill(run: Run) -> float:
     run.regroup(GROUPS, "row.bytes", toys.groups)
     total = run.aggregate(toys.Total("len.score"))["sum"][0]
     run.artifact("model", str(total), write_model)
+    assert (run.artifact("flat", "1", write_flat).local() / "one").read_text() == "1"
     return float(total)
 
 
 def write_model(directory: Path) -> None:
     (directory / "deep").mkdir()
     (directory / "deep" / "weights").write_bytes(bytes(range(256)) * 50_000)  # more than one PUT
+
+
+def write_flat(directory: Path) -> None:
+    (directory / "one").write_text("1")
 
 
 def contents(store: Store) -> dict[str, bytes]:
@@ -155,7 +153,7 @@ def test_a_run_on_s3_is_the_run_on_disk(
             rooms = {n.split("/")[0] for n in run.store.files(recursive=True)}
             assert rooms == {"artifacts", "columns", "corpus", "manifest.json", "lock.json"}
     assert found[0] == found[1] == found[2]
-    assert len(found[0]) == 3 * 6 + 2
+    assert len(found[0]) == 3 * 6 + 2 + 2
 
 
 def test_an_object_store_is_listed_once(
@@ -309,7 +307,9 @@ def test_the_whole_job_with_input_run_and_output_on_s3(
     result = curate(
         {
             "corpus": {"path": corpus, "id": "id"},
-            "scores": ["length", "random"],
+            "embed": {"kind": "lsa", "dims": 4},
+            "cluster": {"k": 3},
+            "scores": ["length", "random", "density"],
             "select": {"budget": {"rows": 25}},
             "output": {"path": f"{place}/curated"},
             "run": f"{place}/run",

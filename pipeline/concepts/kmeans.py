@@ -1,9 +1,9 @@
 """Vectors to concepts: spherical k-means on a reproducible sample, or over every row of the corpus.
 
 Rows are unit vectors, a centroid is the normalised mean of its rows, and the nearest one has the greatest cosine. FAISS
-fits k centroids on the `k * sample_per_concept` rows with the smallest hashes, 256 a concept being its own default, and
-what that costs does not grow with the corpus. `full_lloyd` goes on from there over all rows, one pass
-an iteration, each a stored artifact, so that a run which dies continues with the iteration that it was in.
+fits k centroids on the `k * sample_per_concept` rows with the smallest hashes (256 a concept, its own default, and no
+more than 512 MiB), and what that costs does not grow with the corpus. `full_lloyd` goes on from there over all rows,
+one pass an iteration, each a stored artifact, so that a run which dies continues with the iteration that it was in.
 
 The result depends on (vectors, seed), not on workers or threads. Fewer than k concepts come out where the sample holds
 fewer distinct rows, or where a concept ends up empty: it is dropped. A centroid is never NaN and never zero.
@@ -39,6 +39,10 @@ MOST_CONCEPTS = 10_000
 CENTROIDS = "centroids.npy"
 NOTES = "kmeans.json"
 STEP_ROWS = 1 << 14
+SAMPLE_BYTES = 1 << 29
+"""What the sample's vectors take at the most: the driver holds it, then one worker. 70 rows a concept at k = 10,000 and
+d = 384; FAISS asks for 39."""
+
 CONVERGED = 1e-4
 """Full Lloyd stops when an iteration lowers the mean distance by less than this share of it."""
 
@@ -78,7 +82,9 @@ class Cluster(Recipe):
         identity = fingerprint(
             type(self).__name__, self.version, fitted, k, seed, run.identity("embed.vector", "row.key")
         )
-        sample = Sample(("embed.vector",), k * self.sample_per_concept, run.rows, seed)
+        dims = run.plans["embed"].column.fields.field("vector").type.list_size
+        rows = max(k, min(k * self.sample_per_concept, SAMPLE_BYTES // (2 * dims)))
+        sample = Sample(("embed.vector",), rows, run.rows, seed)
         name = "centroids-on-sample" if self.full_lloyd else "centroids"
         state = draw(run, sample) if needs_fit(run, name, identity) else {}
         build = partial(_fit, state, k, self.iterations, seed)

@@ -146,7 +146,7 @@ def _read_piece(piece: Piece, columns: list[str], batch_rows: int) -> Iterator[p
         with filesystem.open_input_file(path) as source:
             if source.size() != piece.size:
                 raise CorpusError(f"{piece.uri} has changed since it was listed: run again with --refresh")
-            file = pq.ParquetFile(source, pre_buffer=True)
+            file = pq.ParquetFile(source, pre_buffer=is_remote(piece.uri))  # few large requests, or few bytes held
             groups = list(range(piece.first_group, piece.first_group + len(piece.rows)))
             rows = BATCH_BYTES * sum(piece.rows) // max(_decoded(file.metadata, groups, columns), 1)
             yield from file.iter_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -20,37 +21,51 @@ def clean_text(values: pa.Array) -> tuple[pa.Array, pa.Array | None]:
     """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
+    text, broken = _as_utf8(values)
+    blank = _blank_rows(text)
+    if text.null_count == 0 and not blank.any():
+        return text, None
+    nothing = pa.scalar(None, pa.string())
+    reasons = pc.if_else(pa.array(blank), "blank text", nothing)
+    reasons = pc.if_else(pa.array(broken), "text is not UTF-8", reasons)
+    reasons = pc.if_else(values.is_null(), "null text", reasons)
+    return pc.if_else(reasons.is_null(), text, pa.scalar(None, text.type)), reasons
+
+
+def _as_utf8(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
+    """Values as string, null where they are not UTF-8, and the mask of those; shape (n,)."""
     wide = pa.types.is_large_string(values.type) or pa.types.is_large_binary(values.type)
-    string, binary = (pa.large_string(), pa.large_binary()) if wide else (pa.string(), pa.binary())
-    invalid = None
+    raw = values.cast(pa.large_binary() if wide else pa.binary())
+    string = pa.large_string() if wide else pa.string()
     try:
         # Parquet readers do not check UTF-8; casting binary to string does, at several GB/s.
-        text = values.cast(binary).cast(string)
+        return raw.cast(string), np.zeros(len(values), bool)
     except pa.ArrowInvalid:
-        invalid = pa.array([_broken(v) for v in values.cast(binary)])  # only batches that hold a broken row come here
-        text = pc.if_else(invalid, None, values.cast(binary)).cast(string)
-    blank = pc.equal(pc.utf8_length(pc.utf8_ltrim_whitespace(pc.utf8_slice_codeunits(text, 0, 64))), 0)
-    if pc.any(blank).as_py():
-        # A long leading run of blanks is rare: only rows that look blank in their first 64 characters are read whole.
-        blank = pc.and_(blank, pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(pc.if_else(blank, text, "x"))), 0))
-    if invalid is None and text.null_count == 0 and not pc.any(blank).as_py():
-        return text, None
-    is_null = pc.fill_null(pc.is_null(values), True)
-    broken = invalid if invalid is not None else pa.array([False] * len(values), pa.bool_())
-    reasons = pc.case_when(
-        pc.make_struct(is_null, pc.fill_null(broken, False), pc.fill_null(blank, False)),
-        "null text",
-        "text is not UTF-8",
-        "blank text",
-    )
-    return pc.if_else(pc.is_null(reasons), text, pa.scalar(None, text.type)), reasons
+        broken = np.array([_is_broken(v) for v in raw])  # only batches that hold a broken row come here
+        return pc.if_else(pa.array(broken), pa.scalar(None, raw.type), raw).cast(string), broken
 
 
-def _broken(value: pa.Scalar) -> bool:
-    if not value.is_valid:
-        return False
+def _is_broken(value: pa.Scalar) -> bool:
     try:
-        value.as_buffer().to_pybytes().decode()
+        value.is_valid and value.as_buffer().to_pybytes().decode()
     except UnicodeDecodeError:
         return True
     return False
+
+
+def _blank_rows(text: pa.Array) -> np.ndarray:
+    """Mask of the rows with nothing but white space; shape (n,). Nearly all are settled by their first byte."""
+    offsets = np.frombuffer(text.buffers()[1], np.int64 if pa.types.is_large_string(text.type) else np.int32)
+    offsets = offsets[text.offset : text.offset + len(text) + 1]
+    content = np.frombuffer(text.buffers()[2] or b"", np.uint8)
+    first = content[np.minimum(offsets[:-1], len(content) - 1)] if len(content) else np.zeros(len(text), np.uint8)
+    blank: np.ndarray = (np.diff(offsets) == 0) | (first <= 32) | (first >= 127)
+    for head in (64, None):  # a long run of white space at the start is rare: few rows are looked at whole
+        rows = np.flatnonzero(blank)
+        if not len(rows):
+            break
+        some = text.take(pa.array(rows))
+        some = pc.utf8_slice_codeunits(some, 0, head) if head else some
+        empty = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(some)), 0)
+        blank[rows] = pc.fill_null(empty, False).to_numpy(zero_copy_only=False)
+    return blank

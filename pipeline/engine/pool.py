@@ -117,13 +117,13 @@ class InlinePool:
         self.lost = 0
 
     def map(self, task: Task, units: Sequence[Any], resources: Resources = Resources()) -> Iterator[Outcome]:
-        for index, unit in enumerate(units):
-            outcome, attempt = None, 0
-            while outcome is None:
-                with threads.limited(resources.cpus):
-                    reply = _try(task, unit, attempt)
-                outcome, attempt = reply.outcome(index, attempt, self.retries), attempt + 1
-            yield outcome
+        with threads.limited(resources.cpus):  # once: finding the libraries to limit takes a millisecond
+            for index, unit in enumerate(units):
+                outcome, attempt = None, 0
+                while outcome is None:
+                    outcome = _try(task, unit, attempt).outcome(index, attempt, self.retries)
+                    attempt += 1
+                yield outcome
 
     def close(self) -> None:
         """Nothing is held."""

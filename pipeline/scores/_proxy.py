@@ -74,8 +74,14 @@ def best(score: np.ndarray, concept: np.ndarray, size: np.ndarray, budget: int, 
     running = np.cumsum(size[grouped])
     inside = running - np.repeat(running[first] - size[grouped[first]], rows)
     floor = grouped[inside <= balance * budget // max(len(first), 1)]
-    rest = order[~np.isin(order, floor)]
+    rest = order[~_mask(len(score), floor)[order]]
     return np.concatenate([floor, rest[np.cumsum(size[rest]) <= budget - size[floor].sum()]])
+
+
+def _mask(length: int, chosen: np.ndarray) -> np.ndarray:
+    mask = np.zeros(length, bool)
+    mask[chosen] = True
+    return mask
 
 
 def bigram_loss(words: np.ndarray, offsets: np.ndarray, buckets: int) -> Loss:
@@ -89,10 +95,11 @@ def bigram_loss(words: np.ndarray, offsets: np.ndarray, buckets: int) -> Loss:
     before[1:] = words[:-1]
     before[offsets[:-1][np.diff(offsets) > 0]] = buckets
     pairs = before.astype(np.int64) * (buckets + 1) + words
-    row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    rows = len(offsets) - 1
+    row = np.repeat(np.arange(rows), np.diff(offsets))
 
     def loss(train: np.ndarray, held_out: np.ndarray) -> float:
-        learn, tried = np.isin(row, train), np.isin(row, held_out)
+        learn, tried = _mask(rows, train)[row], _mask(rows, held_out)[row]
         seen, count = np.unique(pairs[learn], return_counts=True)
         after = np.bincount(before[learn], minlength=buckets + 1)
         kinds = np.bincount(seen // (buckets + 1), minlength=buckets + 1)

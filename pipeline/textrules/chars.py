@@ -1,4 +1,4 @@
-"""What kind of character a code point is: one bit table that every rule looks up, built once a process (0.25 s).
+"""What kind of character a code point is: one bit table that every rule looks up, built once a process (0.3 s).
 
 The classes follow the tools that the published filters were tuned with: the letter classes and affixes of spaCy 3.8's
 English tokenizer, the symbols and sentence ends of datatrove 0.10. Where those follow Unicode 11, this table follows

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from pipeline.concepts import kmeans
 from pipeline.concepts.assign import concept_column
 from pipeline.concepts.kmeans import CENTROIDS, Cluster, lloyd_step, spherical_kmeans
 from pipeline.config import parse
@@ -214,6 +215,13 @@ def test_ray_and_inline_agree_to_the_byte(tmp_path: Path, lasting_pool: Pool, cl
     ray = clustered(tmp_path / "ray", x, k=8, pool=lambda: lasting_pool, **cluster)
     assert inline.equals(ray)
     np.testing.assert_array_equal(centroids(tmp_path / "inline"), centroids(tmp_path / "ray"))
+
+
+def test_the_sample_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, _ = mixture(600, 4, 16)
+    monkeypatch.setattr(kmeans, "SAMPLE_BYTES", 100 * 2 * 16)
+    clustered(tmp_path, x, k=4)
+    assert json.loads((tmp_path / "run/artifacts/centroids/kmeans.json").read_text())["sample_rows"] == 100
 
 
 def test_identical_rows_are_one_concept(tmp_path: Path) -> None:

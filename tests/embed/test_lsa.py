@@ -10,12 +10,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scipy.sparse import csr_matrix
+from sklearn.feature_extraction.text import TfidfTransformer
 
 from pipeline.config import parse
 from pipeline.corpus.rows import row_column
-from pipeline.embed.lsa import Lsa
+from pipeline.embed.lsa import Lsa, projection, word_counts
 from pipeline.engine.pool import InlinePool, Pool
 from pipeline.run import Run
+from pipeline.words import hashed_words
 
 TOPICS = {
     "sea": "ship sail harbour wave captain anchor storm deck sailor coast",
@@ -80,6 +83,25 @@ def test_texts_of_one_topic_are_near(tmp_path: Path) -> None:
     cosine = x @ x.T
     assert cosine[same].mean() > 0.9
     assert np.abs(cosine[~same]).mean() < 0.1
+
+
+def test_at_full_rank_the_cosine_is_that_of_scikit_learns_tfidf() -> None:
+    texts = pa.array(topical(20)[0])
+    counts = word_counts(texts, 1 << 16, 1000)
+    words, offsets = hashed_words(texts, 1 << 16, 1000)
+    plain = csr_matrix((np.ones(len(words)), words, offsets), shape=counts.shape)
+    plain.sum_duplicates()
+    tfidf = TfidfTransformer(sublinear_tf=True, smooth_idf=True).fit_transform(plain).toarray()
+    x = counts @ projection(counts, 32, 0)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    np.testing.assert_allclose(x @ x.T, tfidf @ tfidf.T, atol=1e-5)
+
+
+def test_dimensions_beyond_the_rank_are_zero() -> None:
+    counts = word_counts(pa.array(["a b", "b a", "A, b!", "c d", "d c"]), 1 << 10, 100)
+    weights = projection(counts, 4, 0)
+    assert weights[:, :2].any(axis=0).all()
+    assert not weights[:, 2:].any()
 
 
 def test_shards_do_not_matter(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def test_bad_vectors_are_quarantined_with_the_reason(tmp_path: Path) -> None:
     ]
 
 
+def test_empty_lists_do_not_set_the_length(tmp_path: Path) -> None:
+    vectors, refused = embedded(tmp_path, pa.array([[], [], [], [3.0, 4.0]], pa.list_(pa.float32())))
+    assert (vectors.type.list_size, len(refused)) == (2, 3)
+
+
 def test_dims_win_over_the_most_common_length(tmp_path: Path) -> None:
     vectors, refused = embedded(tmp_path, pa.array([*VECTORS, [0.0, 0.0, 1.0]], pa.list_(pa.float32())), dims=3)
     assert vectors.type.list_size == 3

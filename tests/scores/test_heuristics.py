@@ -357,8 +357,8 @@ ANY_END = {**C4, "filter_no_terminal_punct": False}
         (
             "gopher_too_many_ellipsis",
             QUALITY,
-            prose(53, *["..."] * 3, *"…" * 3, "end"),
-            prose(52, *["..."] * 3, *"…" * 3, "end"),
+            prose(54, "......", "....", *"…" * 3, "end"),
+            prose(53, "......", "....", *"…" * 3, "end"),
         ),
         (
             "gopher_too_many_bullets",

@@ -144,21 +144,23 @@ def test_the_choice_flips_with_the_data_as_the_theory_says(alpha: float, seeds: 
 
 
 def test_bigram_model_is_witten_bells() -> None:
-    words, offsets = hashed_words(pa.array(["a b a c", "a b", "b q"]), 16, 100)
-    a, b, c, q = words[0], words[1], words[3], words[-1]
-    assert len({int(w) for w in (a, b, c, q)}) == 4
+    words, offsets = hashed_words(pa.array(["a b a c", "a b", "a q c"]), 16, 100)
+    a, b, c, q = (int(words[i]) for i in (0, 1, 3, 7))
+    assert len({a, b, c, q}) == 4
     loss = bigram_loss(words, offsets, 16)
     train, tried = np.array([0, 1]), np.array([2])
-    # counts a 3, b 2, c 1: 6 words of 3 kinds; the mark is followed by a twice; b by a once; nothing follows q
-    unigram = {b: (2 + 3 / 16) / 9, q: (0 + 3 / 16) / 9}
-    after_mark, after_b = (0 + 1 * unigram[b]) / (2 + 1), (0 + 1 * unigram[q]) / (1 + 1)
-    assert loss(train, tried) == pytest.approx(-(np.log2(after_mark) + np.log2(after_b)) / 2)
-    sum_over_words = sum(
-        2 ** -bigram_loss(np.array([a, w], np.int32), np.array([0, 1, 2]), 16)(np.array([0]), np.array([1]))
-        for w in range(16)
-    )
-    assert sum_over_words == pytest.approx(1)
+
+    def p(count: int) -> float:
+        return (count + 3 / 16) / (6 + 3)  # six words of three kinds, the rest of the mass over 16 buckets
+
+    # after the mark: a twice; after a: b twice and c once, two kinds; after q, which was never seen, nothing
+    expected = [(2 + 1 * p(3)) / (2 + 1), (0 + 2 * p(0)) / (3 + 2), p(1)]
+    assert loss(train, tried) == pytest.approx(-np.log2(expected).mean())
     assert loss(np.array([], int), tried) == pytest.approx(4)  # an untrained model knows 1 of 16
+    after_a = [np.array([a, b, a, c, a, w], np.int32) for w in range(16)]
+    total = sum(2 ** (-2 * bigram_loss(w, np.array([0, 4, 6]), 16)(np.array([0]), np.array([1]))) for w in after_a)
+    first = (1 + 1 * (2 + 3 / 16) / 7) / (1 + 1)
+    assert total == pytest.approx(first)  # the probabilities of what follows a sum to one
 
 
 def test_label_model_learns_and_survives_one_label() -> None:
