@@ -85,7 +85,7 @@ def bare(kind: str, output: Path, file: Path) -> int:
     schema = COLUMNS[kind].fields
     rows = 0
     with pq.ParquetWriter(output / file.name, schema, compression="zstd" if kind == "copy" else "none") as writer:
-        for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(columns=["text"], use_threads=False):
+        for batch in pq.ParquetFile(file, pre_buffer=False).iter_batches(1024, columns=["text"], use_threads=False):
             values = batch.column(0) if kind == "copy" else pa.array(np.zeros(len(batch), np.float32))
             writer.write_batch(pa.RecordBatch.from_arrays([values], schema=schema))
             rows += len(batch)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 KEY = pa.binary(16)
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary)
 
 
 def row_keys(values: pa.Array) -> pa.FixedSizeBinaryArray:
@@ -20,9 +21,10 @@ def row_keys(values: pa.Array) -> pa.FixedSizeBinaryArray:
     """
     import xxhash
 
-    if not (pa.types.is_binary(values.type) or pa.types.is_large_binary(values.type)):
-        values = values.cast(pa.string()) if not pa.types.is_large_string(values.type) else values
-        values = values.cast(pa.large_binary() if pa.types.is_large_string(values.type) else pa.binary())
+    if pa.types.is_large_string(values.type):
+        values = values.cast(pa.large_binary())
+    elif not any(check(values.type) for check in BYTES):
+        values = values.cast(pa.string()).cast(pa.binary())
     # No vectorised xxh3-128 exists in Arrow, polars or NumPy; `map` over the C function costs 0.3 us a row, little
     # beside decoding the text that it hashes.
     digests = b"".join(map(xxhash.xxh3_128_digest, values.to_pylist()))

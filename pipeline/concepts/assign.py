@@ -1,6 +1,8 @@
 """Rows to concepts: the column `concept`, the nearest centroid by cosine, exactly, and how far it is.
 
-The search is FAISS's IndexFlatIP over float32, all rows of a batch at once; 2 k d FLOPs a row.
+The search is FAISS's IndexFlatIP over float32, all rows of a batch at once; 2 k d FLOPs a row. 1 M vectors of d = 384
+and k = 1000 take 5.1 s on two cores of a Xeon of 2023, a bare IndexFlatIP search 21.3 s as its wheel comes, and 5.5 s
+with the kernels that `pipeline.vectors.load_faiss` picks (bench/assign.py).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def connect(engine: EngineConfig) -> Pool:
         )
     address = engine.address or os.environ.get("RAY_ADDRESS") or "local"
     if "ray" not in sys.modules:  # these are read on import
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default, which it announces where unset
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default, announced where it is unset
         if address == "local":
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # likewise
             os.environ.setdefault("RAY_enable_autoscaler_v2", "1")  # nothing scales, but that of v1 takes 1 s to end

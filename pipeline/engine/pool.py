@@ -40,6 +40,8 @@ PAUSE_S = 0.1
 START_TRIES = 3
 CHECK_S = 10.0
 """How often a pass asks the cluster whether there is room for more actors."""
+PATIENCE_S = 600.0
+"""A pass waits at least this long for its first actor: a cluster may have to grow for it."""
 REPORT_S = 30.0
 """A pass that waits longer than this for its first actor says so."""
 ENVIRONMENT = ("AWS_", "GOOGLE_", "HF_")
@@ -190,9 +192,9 @@ class _Crew:
 class RayPool:
     """Ray actors, as many as configured or as fit. Ray must be connected (see `pipeline.engine.connect`).
 
-    `timeout_s`: a unit that takes longer is killed with its actor and tried again; as long a pass waits for its first
-    actor. `retries`: tries after the first. `elastic`: whether the cluster may still grow; where it may not, an actor
-    that does not fit is an error at once. `owned`: whether Ray was started (or joined) for this pool, and ends with it.
+    `timeout_s`: a unit that takes longer is killed with its actor and tried again. `retries`: tries after the first.
+    `elastic`: whether the cluster may still grow; where it may not, an actor that does not fit is an error at once.
+    `owned`: whether Ray was started (or joined) for this pool, and ends with it.
     """
 
     def __init__(
@@ -289,7 +291,7 @@ class RayPool:
             return
         self._waiting_since = self._waiting_since or time.monotonic()
         waited = time.monotonic() - self._waiting_since
-        if waited > self.timeout_s:
+        if waited > max(self.timeout_s, PATIENCE_S):
             raise TamisError(f"no worker has started within {waited:.0f} s. {_needs(resources)}")
         if waited > REPORT_S:
             log.warning("no worker has started for %.0f s. %s", waited, _needs(resources))

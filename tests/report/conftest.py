@@ -39,8 +39,8 @@ def configuration(corpus: Path, run: Path, **changes: Any) -> dict[str, Any]:
         "corpus": {"path": str(corpus), "source": "source", "shard_mb": 1e-6},
         "embed": {"kind": "lsa", "dims": 8},
         "cluster": {"k": 4},
-        "scores": [{"kind": "length"}, {"kind": "random", "name": "<i>dice"}],
-        "select": {"budget": {"rows": 60}, "weights": {"length": 1}, "floors": {"<i>dice": 0.2}},
+        "scores": [{"kind": "length"}, {"kind": "random", "name": "dice"}],
+        "select": {"budget": {"rows": 60}, "weights": {"length": 1}, "floors": {"dice": 0.2}},
         "engine": {"address": "inline"},
         "run": str(run),
     } | changes

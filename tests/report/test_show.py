@@ -30,11 +30,11 @@ def addresses(blocks: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("lowest", [False, True])
 def test_by_a_score_the_best_come_first(hostile_run: Path, capsys: pytest.CaptureFixture[str], lowest: bool) -> None:
-    blocks = printed(capsys, hostile_run, kept=False, by="<i>dice", lowest=lowest, count=7)
-    scores, keep = column(hostile_run, "<i>dice")["score"], column(hostile_run, "select")["keep"]
+    blocks = printed(capsys, hostile_run, kept=False, by="dice", lowest=lowest, count=7)
+    scores, keep = column(hostile_run, "dice")["score"], column(hostile_run, "select")["keep"]
     dropped = [s for s, k in zip(scores.to_pylist(), keep.to_pylist(), strict=True) if s is not None and not k]
     expected = sorted(dropped, reverse=not lowest)[:7]
-    shown = [float(re.findall(r"<i>dice ([\d.e-]+)", b)[0]) for b in blocks]
+    shown = [float(re.findall(r"dice ([\d.e-]+)", b)[0]) for b in blocks]
     assert shown == pytest.approx(expected, rel=1e-3)
 
 
@@ -72,7 +72,7 @@ def test_nothing_of_the_corpus_acts_on_the_terminal(hostile_run: Path, capsys: p
 
 
 def test_mistakes_are_named(hostile_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(TamisError, match=r"--by nope: .* there are length, <i>dice"):
+    with pytest.raises(TamisError, match=r"--by nope: .* there are length, dice"):
         print_rows(str(hostile_run), by="nope")
     with pytest.raises(TamisError, match="is not a run directory"):
         print_rows(str(tmp_path))
