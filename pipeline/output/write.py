@@ -231,7 +231,7 @@ class WriteTask:
     def _read(self, shard: Shard, column: str, fields: Sequence[str]) -> pa.Table:
         path = self.layout.store.at("columns", column, part_name(shard.index))
         with self.layout.store.filesystem.open_input_file(path) as source:
-            return pq.ParquetFile(source).read(list(fields), use_threads=False)
+            return pq.read_table(source, columns=list(fields), use_threads=False)
 
     def _flags(self, shard: Shard) -> np.ndarray:
         keep = pc.fill_null(self._read(shard, self.subset.keep, ["keep"])["keep"], False)
