@@ -264,7 +264,8 @@ class RayPool:
         """Start actors for which there are units and room."""
         import ray
 
-        wanted = min(units, self.workers or max(1, self._room(resources)))
+        room = self._room(resources)  # asked in any case: an actor for which there never is any must not be waited for
+        wanted = min(units, self.workers or max(1, room))
         options: dict[str, Any] = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "max_restarts": 0}
         if resources.memory:
             options["memory"] = resources.memory
