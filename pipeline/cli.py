@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from typing import Annotated
@@ -130,6 +131,7 @@ def main() -> None:
     """Entry point of the console script: errors of the user's become one message and exit code 1."""
     from pipeline.errors import TamisError
 
+    sys.path.append(os.getcwd())  # `kind: my_package.module:MyScore` may lie where the command is typed
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that locks and workers are let go
     try:
         app()

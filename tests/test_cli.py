@@ -68,6 +68,28 @@ def test_a_mistake_is_one_message_and_exit_code_1(config: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
+def test_a_score_of_ones_own_lies_where_the_command_is_typed(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "my_scores.py").write_text(
+        "import pyarrow as pa, pyarrow.compute as pc\n"
+        "from pipeline.recipe import Column\n"
+        "from pipeline.scores.base import Score\n"
+        "FIELDS = pa.schema([('score', pa.float32())])\n"
+        "class Bangs(Score):\n"
+        "    kind: str = 'bangs'\n"
+        "    def column(self, run):\n"
+        "        return Column(self.column_name, ('text',), FIELDS, opened, self.identity())\n"
+        "def opened():\n"
+        "    def count(batch):\n"
+        "        marks = pc.count_substring(batch.column('text'), '!')\n"
+        "        return pa.record_batch([marks.cast(pa.float32())], schema=FIELDS)\n"
+        "    return count\n"
+    )
+    config.write_text(config.read_text().replace("[length, random]", "[{kind: 'my_scores:Bangs'}]"))
+    done = run(TAMIS, "curate", str(config), "-q", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "run" / "columns" / "bangs").num_rows == 120
+
+
 def test_failed_shards_are_exit_code_2(config: Path, tmp_path: Path) -> None:
     victim = sorted((tmp_path / "corpus").glob("*.parquet"))[1]
     victim.write_bytes(victim.read_bytes()[:100])

@@ -11,7 +11,7 @@ A file is identified by its size and the bytes of its Parquet footer (offsets, s
 chunk), not by its path or its time: a moved or freshly cloned corpus is still the same corpus. Where a known file's
 time has changed, the time counts too, because an edit in place may leave size and footer as they were.
 
-Measured on local files: 0.2 ms a file on two busy cores, once; 100,000 tiny files are listed in 20 s and need 60 MB.
+Measured on local files: 20,000 tiny ones are listed in 5 s on two busy cores, once, and in 0.2 s from then on.
 """
 
 from __future__ import annotations
