@@ -5,7 +5,7 @@ usage: python bench/materialize.py [--scale small|full] [--dir DIR] [--workers N
 Two columns: `copy` writes the text that it reads, `touch` reads the text and writes a float32 a row. The bare loop does
 the same file by file in N processes: `ParquetFile.iter_batches`, `ParquetWriter`. Both are warm: starting Ray, the
 actors and the processes is not counted (Ray takes about 5 s). Tamis also checks that every text is UTF-8 and not blank,
-skips nulls, counts what it refuses, and writes parts atomically with fingerprints. Rounds take turns, the best counts;
+skips nulls, counts what it refuses, and writes parts atomically with fingerprints. Figures are medians over the rounds;
 `cpu_ratio` compares processor seconds on one core, in this process, which other work on the machine disturbs less.
 Ray's actors are as nice as the bare processes here, not 15 steps nicer, so that such work slows both alike.
 """
@@ -107,15 +107,20 @@ def theirs(kind: str, corpus: Path, output: Path, spread: Callable[..., Any]) ->
     return sum(spread(partial(bare, kind, output), sorted(corpus.iterdir())))
 
 
-def rates(clock: Callable[[], float], rounds: int, *works: Callable[[], int]) -> list[float]:
-    """Best rows a second of each, in turns."""
-    best = [0.0] * len(works)
-    for _ in range(rounds):
+def rates(clock: Callable[[], float], rounds: int, *works: Callable[[], int]) -> np.ndarray:
+    """What each work counts a second, in rounds in which they take turns; float64 (rounds, works)."""
+    found = np.zeros((rounds, len(works)))
+    for turn in found:
         for i, work in enumerate(works):
             start = clock()
-            rows = work()
-            best[i] = max(best[i], rows / (clock() - start))
-    return best
+            count = work()
+            turn[i] = count / (clock() - start)
+    return found
+
+
+def ratio(found: np.ndarray, of: int = 1, to: int = 0) -> float:
+    """Median over the rounds, of pairs that were measured one after the other."""
+    return round(float(np.median(found[:, of] / found[:, to])), 3)
 
 
 def main() -> None:
@@ -123,7 +128,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="small")
     parser.add_argument("--dir", type=Path, default=Path("/tmp/bench"))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # that is its name
     corpus = make_corpus(args.dir, SCALES[args.scale])
@@ -139,13 +144,13 @@ def main() -> None:
             works = partial(theirs, kind, corpus, output, spread), partial(ours, kind, corpus, run, pool)
             for work in works:
                 work()  # warm
-            loop, tamis = rates(time.perf_counter, args.rounds, *works)
-            result[kind] = {"bare_rows_s": round(loop), "tamis_rows_s": round(tamis), "ratio": round(tamis / loop, 3)}
+            found = rates(time.perf_counter, args.rounds, *works)
+            loop, tamis = np.median(found, axis=0)
+            result[kind] = {"bare_rows_s": round(loop), "tamis_rows_s": round(tamis), "ratio": ratio(found)}
     stop()
     for kind in COLUMNS:
         works = partial(theirs, kind, corpus, output, map), partial(ours, kind, corpus, run, InlinePool())
-        loop, tamis = rates(time.process_time, args.rounds, *works)
-        result[kind]["cpu_ratio"] = round(tamis / loop, 3)
+        result[kind]["cpu_ratio"] = ratio(rates(time.process_time, args.rounds, *works))
     print(json.dumps(result))
 
 

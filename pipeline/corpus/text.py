@@ -34,13 +34,15 @@ def clean_text(values: pa.Array) -> tuple[pa.Array, pa.Array | None]:
 
 def _as_utf8(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Values as string, null where they are not UTF-8, and the mask of those; shape (n,)."""
+    import polars as pl  # checks three times as fast as Arrow's own cast, which would cost a fifth of reading
+
     wide = pa.types.is_large_string(values.type) or pa.types.is_large_binary(values.type)
     raw = values.cast(pa.large_binary() if wide else pa.binary())
     string = pa.large_string() if wide else pa.string()
     try:
-        # Parquet readers do not check UTF-8; casting binary to string does, at several GB/s.
-        return raw.cast(string), np.zeros(len(values), bool)
-    except pa.ArrowInvalid:
+        pl.Series(raw).cast(pl.String)  # Parquet readers do not check
+        return raw.view(string), np.zeros(len(values), bool)
+    except pl.exceptions.ComputeError:
         broken = np.array([_is_broken(v) for v in raw])  # only batches that hold a broken row come here
         return pc.if_else(pa.array(broken), pa.scalar(None, raw.type), raw).cast(string), broken
 
