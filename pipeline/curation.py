@@ -69,8 +69,8 @@ def sieve(run: Run) -> Selection:
     """Fill every column that the configuration asks for and choose the rows to keep."""
     config = run.config
     check(run)
-    early = [s for s in config.scores if s.needs == "text"]
-    late = [s for s in config.scores if s.needs != "text"]
+    early = [s for s in config.scores if s.needs == "text" and not s.compares_rows]
+    late = [s for s in config.scores if s not in early]
     embed = embedding(config)
 
     base = row_column(config.corpus.id is not None, config.corpus.tokenizer)
@@ -81,7 +81,9 @@ def sieve(run: Run) -> Selection:
     if embed:
         embed.fit(run)
     # One read of the text feeds everything that needs nothing but the text.
-    run.materialize([base, *([embed.column(run)] if embed else []), *(s.column(run) for s in early)])
+    text = [base, *([embed.column(run)] if embed else [])]
+    text += [column for score in config.scores for column in score.support(run)]
+    run.materialize(list({column.name: column for column in text + [s.column(run) for s in early]}.values()))
 
     concepts = None
     if config.needs_concepts:
@@ -89,8 +91,11 @@ def sieve(run: Run) -> Selection:
         concepts = concept_table(run, config.scores)
     for score in late:
         score.fit(run)
-    if late:
-        run.materialize([s.column(run) for s in late])
+    if alone := [s.column(run) for s in late if not s.compares_rows]:
+        run.materialize(alone)
+    for score in late:
+        if score.compares_rows:
+            score.fill(run)
     return select(run, config.select, config.scores, concepts)
 
 

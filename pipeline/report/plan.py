@@ -211,14 +211,16 @@ def text_stages(scene: Scene) -> tuple[list[Stage], dict[str, float], int]:
     run.materialize([base])
     rates, stages, dims = {"row": measure.column_rate(run, base)}, [], 0
     embed = embedding(config)
-    recipes: list[Embed | Score] = [*([embed] if embed else []), *(s for s in config.scores if s.needs == "text")]
+    of_rows = [s for s in config.scores if s.needs == "text" and not s.compares_rows]
+    recipes: list[Embed | Score] = [*([embed] if embed else []), *of_rows]
     for recipe in recipes:
         before = len(run.manifest["passes"])
         recipe.fit(run)
-        column = recipe.column(run)
         stages += [_fit_stage(scene, p, read) for p in run.manifest["passes"][before:]]
+    support = {c.name: c for score in config.scores for c in score.support(run)}
+    for column in [*support.values(), *(recipe.column(run) for recipe in recipes)]:
         rates[column.name] = measure.column_rate(run, column)
-        if recipe is embed:
+        if column.name == "embed":
             dims = column.fields.field("vector").type.list_size
     columns = {name: rate.width * rows for name, rate in rates.items()}
     seconds = measure.reading_rate(run, asked) + sum(rate.seconds for rate in rates.values())

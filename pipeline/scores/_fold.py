@@ -12,6 +12,7 @@ instead of 218.
 
 from __future__ import annotations
 
+import mmap
 import struct
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def fold(model: Path, folded: Path) -> bool:
         return False
     if input_at < len(head):
         return False
-    data = np.memmap(model, np.uint8, "r")
+    with open(model, "rb") as source:
+        data = mmap.mmap(source.fileno(), 0, access=mmap.ACCESS_READ)
     expected = {input_at: (False, rows, dim), output_at: (False, labels, dim)}
     if any(MATRIX.unpack_from(data, at) != shape for at, shape in expected.items()):
         return False

@@ -10,7 +10,9 @@ What is spread out for being junk scores as hard: remove duplicates and junk fir
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -28,6 +30,10 @@ class Density(Score):
     """1 - cosine to the own centroid, in [0, 2]; valid inside a concept."""
 
     needs: ClassVar[Literal["text", "vectors", "concepts"]] = "concepts"
+    quotas: ClassVar[Mapping[str, Any]] = MappingProxyType({"rule": "density"})
+    claim = "harder than its concept's other rows: far from the centroid"
+    cost = "2 k d FLOPs, those of the assignment to a concept"
+    source = "Abbas et al. 2024, arXiv 2401.04578"
     kind: Literal["density"] = "density"
     neighbours: int = Field(20, ge=1, description="nearest other centroids that a concept's complexity averages over")
 

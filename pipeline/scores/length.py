@@ -33,6 +33,9 @@ class Length(Score):
     Scripts that are written without spaces have few words: prefer `chars` or `tokens` for them.
     """
 
+    claim = "longer, or nearer to a wanted length"
+    cost = "nothing beside reading"
+    source = "baseline"
     kind: Literal["length"] = "length"
     unit: Literal["tokens", "bytes", "chars", "words"] = "tokens"
     prefer: Literal["long", "short"] | None = Field(

@@ -7,19 +7,20 @@ trains a small model on either end at the target budget and on random draws, kee
 held out, and writes what it saw to `artifacts/<name>-choice/choice.json`; see `pipeline.scores._proxy`.
 
 All metrics of this kind amplify the imbalance of concepts: the paper gives every class half of an equal share first,
-which is `select.quotas: {balance: 0.5}`. Outliers, spam and wrong labels are the hardest rows of all:
-`max_distance_quantile` puts the farthest ones last; the paper has no such guard.
+which this score brings along: `select.quotas: {balance: 0.5}`. Outliers, spam and wrong labels are the hardest rows of
+all: `max_distance_quantile` puts the farthest ones last; the paper has no such guard.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal, Self
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -50,6 +51,10 @@ class Prototypes(Score):
     """Distance to the own centroid (1 - cosine), kept from the far end (`hard`) or the near one (`easy`)."""
 
     needs: ClassVar[Literal["text", "vectors", "concepts"]] = "concepts"
+    quotas: ClassVar[Mapping[str, Any]] = MappingProxyType({"balance": 0.5})
+    claim = "hard (far from its centroid) or easy (near it), whichever end taught a small model more"
+    cost = "2 k d FLOPs, those of the assignment to a concept"
+    source = "Sorscher et al. 2022, arXiv 2206.14486"
     kind: Literal["prototypes"] = "prototypes"
     keep: Literal["hard", "easy", "auto"] = Field("auto", description="which end; auto asks two small models")
     max_distance_quantile: float | None = Field(

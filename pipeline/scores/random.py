@@ -30,6 +30,9 @@ FIELDS = pa.schema([("score", pa.float32())])
 class Random(Score):
     """A reproducible draw; source: baselines of DataComp-LM and of Xie et al. 2023."""
 
+    claim = "nothing: the line that every criterion has to beat"
+    cost = "a hash"
+    source = "baseline"
     kind: Literal["random"] = "random"
     seed: int | None = Field(None, description="seed of the draw (default: the run's)")
     weight: Literal["rows", "tokens"] = Field("rows", description="what has equal chances: every row, or every token")

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, field_validator, model_validator
 from pydantic.json_schema import JsonSchemaValue
@@ -120,9 +120,6 @@ class Quotas(_Model):
 class Select(_Model):
     """From scores to an exact budget."""
 
-    WITHIN_CONCEPT: ClassVar[frozenset[str]] = frozenset({"density"})
-    """Kinds of scores that rank rows inside their concept only; they bring the quotas of that name with them."""
-
     budget: Budget
     combine: Rule = Field(
         "rank",
@@ -134,7 +131,7 @@ class Select(_Model):
     weights: dict[str, float] = Field({}, description="scores that rank, and how much (default: every score, 1 each)")
     floors: dict[str, float] = Field({}, description="a row whose score is below its floor is dropped first")
     quotas: Quotas | None = Field(
-        None, description="shares of concepts (default: density if that score ranks, else none)"
+        None, description="shares of concepts (default: those that a ranking score brings, else none)"
     )
     temperature: float = Field(
         0, ge=0, allow_inf_nan=False, description="above 0 the order is drawn with weights exp(score / temperature)"
@@ -186,12 +183,12 @@ class Select(_Model):
         return ranked
 
     def quotas_for(self, scores: Sequence[Score]) -> Quotas:
-        """The quotas, by default those that the ranking scores bring with them."""
+        """The quotas, by default those that the first of the ranking scores that brings some does."""
         if self.quotas is not None:
             return self.quotas
         ranked = self.ranking([s.column_name for s in scores])
-        within = any(s.column_name in ranked and s.kind in self.WITHIN_CONCEPT for s in scores)
-        return Quotas(rule="density") if within else Quotas()
+        brought = [s.quotas for s in scores if s.column_name in ranked and s.quotas]
+        return Quotas.model_validate(dict(brought[0])) if brought else Quotas()
 
     def needs_concepts(self, scores: Sequence[Score]) -> bool:
         return self.quotas_for(scores).grouped
