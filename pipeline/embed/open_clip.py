@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pipeline.embed._models import check_installed, content_digest, existing, fetched, folder_digest, folder_of, is_hub
 from pipeline.embed.base import Embed
 from pipeline.engine import threads
 from pipeline.errors import ConfigError, TamisError
+from pipeline.models.files import check_installed, content_digest, existing, folder_digest, folder_of, is_hub, source_of
 from pipeline.recipe import Column, Resources, Transform, fingerprint
 from pipeline.vectors import unit_vectors, vector_schema
 
@@ -94,7 +94,7 @@ class OpenClip(Embed):
     def _weights(self, run: Run) -> Artifact | Path:
         """A folder with configuration and weights; for an architecture a checkpoint, or the artifact that holds it."""
         if not self._is_architecture:
-            return fetched(run, self.model) if is_hub(self.model) else Path(self.model).expanduser().absolute()
+            return source_of(run, self.model, "encoder")
         assert self.pretrained is not None  # checked at the door
         file = Path(self.pretrained).expanduser()
         if file.is_file():

@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from pipeline.embed._models import check_installed, existing, fetched, folder_digest, folder_of, is_hub
 from pipeline.embed.base import Embed
 from pipeline.engine import threads
 from pipeline.errors import ConfigError, TamisError
+from pipeline.models.files import check_installed, existing, folder_digest, folder_of, is_hub
 from pipeline.recipe import Column, Resources, Transform, fingerprint
 from pipeline.vectors import unit_vectors, vector_schema
 
@@ -60,11 +60,11 @@ class SentenceTransformer(Embed):
         return self
 
     def fit(self, run: Run) -> None:
-        self._source(run)
+        source_of(run, self.model, "encoder")
 
     def column(self, run: Run) -> Column:
         engine = run.config.engine
-        source = self._source(run)
+        source = source_of(run, self.model, "encoder")
         folder = folder_of(source)
         config = json.loads((folder / "config.json").read_text())
         dims = next((config[name] for name in WIDTHS if name in config), None)
@@ -85,9 +85,6 @@ class SentenceTransformer(Embed):
             identity,
             resources,
         )
-
-    def _source(self, run: Run) -> Artifact | Path:
-        return fetched(run, self.model) if is_hub(self.model) else Path(self.model).expanduser().absolute()
 
     def _open(self, source: Artifact | Path, pooling: str, precision: str) -> Transform:
         import torch

@@ -1,4 +1,4 @@
-"""Where a neural encoder comes from: a folder or file that is there, or `hf://org/name[@revision]`, fetched once.
+"""Where a neural model comes from: a folder or file that is there, or `hf://org/name[@revision]`, fetched once.
 
 A model of the hub goes to an artifact of the run, so workers and later runs need no network, and the vectors say which
 files made them. Only configuration, tokenizer and safetensors are fetched; code and pickles are not.
@@ -51,9 +51,14 @@ def existing(path: str, *needed: str) -> Path:
     return folder
 
 
-def fetched(run: Run, model: str) -> Artifact:
-    """Artifact `encoder`: the files of a model of the hub."""
-    return run.artifact("encoder", fingerprint("hub", model), partial(_fetch, model))
+def fetched(run: Run, model: str, name: str = "encoder") -> Artifact:
+    """Artifact of a name: the files of a model of the hub."""
+    return run.artifact(name, fingerprint("hub", model), partial(_fetch, model))
+
+
+def source_of(run: Run, model: str, name: str) -> Artifact | Path:
+    """A model's folder, or for `hf://org/name` the artifact `name` with its files."""
+    return fetched(run, model, name) if is_hub(model) else Path(model).expanduser().absolute()
 
 
 def _fetch(model: str, directory: Path) -> None:
