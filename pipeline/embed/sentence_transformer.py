@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 from pipeline.embed.base import Embed
 from pipeline.engine import threads
 from pipeline.errors import ConfigError, TamisError
-from pipeline.models.files import check_installed, existing, folder_digest, folder_of, is_hub
+from pipeline.models.files import check_installed, existing, folder_digest, folder_of, is_hub, source_of
 from pipeline.recipe import Column, Resources, Transform, fingerprint
 from pipeline.vectors import unit_vectors, vector_schema
 
