@@ -47,7 +47,8 @@ WEIGHT: dict[Unit, str] = {"rows": "", "tokens": "row.tokens", "bytes": "row.byt
 
 @dataclass(frozen=True)
 class Selection:
-    """What was kept. `corpus` counts rows with quarantine, `available` is without, in the unit of the budget."""
+    """What was kept. `corpus` counts the rows of the shards that take part, with quarantine; `available` is without, in the
+    unit of the budget."""
 
     unit: str
     budget: int
@@ -132,7 +133,8 @@ def select(run: Run, config: Select, scores: Sequence[Score], concepts: pa.Table
                 f"{about['rows']:,} rows were to be kept, {int(state['kept'][0]):,} were: a score column has a field "
                 "that is null where its score is not, or was written anew meanwhile"
             )
-    build = partial(_write_selection, state, about, run.rows, run.tokens_named, ranking.scores, table, threshold)
+    corpus = sum(s.rows for s in run.live)
+    build = partial(_write_selection, state, about, corpus, run.tokens_named, ranking.scores, table, threshold)
     artifact = run.artifact("selection", identity, build, resources=None)
     stored = json.loads((artifact.local() / "selection.json").read_text())
     return Selection(**stored | {name: tuple(stored[name]) for name in ("ranked_by", "notes")}, artifact=artifact)

@@ -230,7 +230,7 @@ def test_auto_keeps_the_end_that_teaches_more_and_says_why(tmp_path: Path) -> No
     [
         ({"budget": {"rows": 240}}, {}, 0.2),
         ({"budget": {"fraction": 0.25, "of": "tokens"}}, {}, 0.25),
-        ({"budget": {"bytes": 20_000}, "quotas": {"balance": 0.5}}, {}, None),
+        ({"budget": {"bytes": 20_000}, "quotas": {"balance": 0.2}}, {}, None),
         ({"budget": {"rows": 240}}, {"share": 0.5}, 0.5),
         ({"budget": {"rows": 240}}, {"label": "kind"}, 0.2),
     ],
@@ -244,7 +244,7 @@ def test_auto_decides_at_the_budget_of_the_selection(
     choice = json.loads((tmp_path / "run/artifacts/prototypes-choice/choice.json").read_text())
     total = sum(len(t) for t in pq.read_table(path)["text"].to_pylist())
     assert choice["share"] == pytest.approx(share or 20_000 / total, rel=0.02)  # sizes are estimated on the sample
-    assert choice["balance"] == (0.5 if "quotas" in select else 0)
+    assert choice["balance"] == (0.2 if "quotas" in select else 0.5)  # the method's own, unless the user says otherwise
     assert ("labels" in choice["loss"]) == ("label" in fields)
 
 

@@ -12,8 +12,8 @@ from pipeline.select.config import Budget, Quotas, Select
 TEN = {"budget": {"rows": 10}}
 
 
-def score(name: str, kind: str = "quality") -> Any:
-    return SimpleNamespace(column_name=name, kind=kind)
+def score(name: str, **quotas: Any) -> Any:
+    return SimpleNamespace(column_name=name, quotas=quotas)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +97,8 @@ def test_which_scores_rank() -> None:
     assert list(Select.model_validate(gates).ranking(names)) == ["novelty"]
 
 
-def test_density_brings_its_quotas_unless_it_does_not_rank() -> None:
-    scores = [score("quality"), score("dense", "density")]
+def test_a_score_brings_its_quotas_unless_it_does_not_rank() -> None:
+    scores = [score("quality"), score("dense", rule="density")]
     assert Select.model_validate(TEN).quotas_for(scores) == Quotas(rule="density")
     assert Select.model_validate(TEN).needs_concepts(scores)
     for other in ({"weights": {"quality": 1}}, {"quotas": "none"}):
