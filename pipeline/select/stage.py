@@ -47,8 +47,8 @@ WEIGHT: dict[Unit, str] = {"rows": "", "tokens": "row.tokens", "bytes": "row.byt
 
 @dataclass(frozen=True)
 class Selection:
-    """What was kept. `corpus` counts the rows of the shards that take part, with quarantine; `available` is without, in the
-    unit of the budget."""
+    """What was kept. `corpus` counts the rows of the shards that take part, `available` those of them that are not in
+    quarantine, in the unit of the budget."""
 
     unit: str
     budget: int
