@@ -61,8 +61,8 @@ def main() -> None:
         for exact in (True, False):
             artifact = Store(place).child("exact" if exact else "folded")
             Path(artifact.path).mkdir()
-            quality._adopt(str(path), quality.GOOD, exact, Path(artifact.path))
-            transforms[exact] = quality._open(Artifact("quality", "", artifact), quality.GOOD)
+            quality._adopt(str(path), quality.GOOD, quality.FastText(exact=exact), Path(artifact.path))
+            transforms[exact] = quality.open_classifier(Artifact("quality", "", artifact))
         batches = pa.table({"text": texts}).to_batches(max_chunksize=BATCH_ROWS)
         lines = [[t.replace("\n", " ") + "\n" for t in b["text"].to_pylist()] for b in batches]
 

@@ -61,6 +61,17 @@ def read_seeds(uris: Sequence[str], column: str, role: str) -> pa.Array:
 
 
 def _read_file(uri: str, column: str, role: str) -> pa.Array:
+    values = read_columns(uri, [column], role)[column]
+    if not is_text(values.type):
+        raise ConfigError(f"{role}: column {column!r} of {uri!r} is {values.type}, not text")
+    return values.combine_chunks()
+
+
+def read_columns(uri: str, columns: Sequence[str], role: str) -> pa.Table:
+    """Some columns of a seed file as they are; plain text has the one that is asked for.
+
+    Raises ConfigError for a file of another format, one that cannot be read and one without a column.
+    """
     suffixes = uri.rpartition("/")[2].lower().split(".")[1:]
     kind = FORMATS.get(next((s for s in reversed(suffixes) if s not in ("gz", "zst", "bz2")), ""))
     filesystem, path = resolve(uri)
@@ -71,7 +82,7 @@ def _read_file(uri: str, column: str, role: str) -> pa.Array:
             with filesystem.open_input_file(path) as source:
                 file = pq.ParquetFile(source)
                 known = file.schema_arrow
-                table = file.read([column]) if column in known.names else known.empty_table()
+                table = file.read(list(columns)) if {*columns} <= {*known.names} else known.empty_table()
         elif kind == "json":
             from pyarrow import json
 
@@ -79,13 +90,11 @@ def _read_file(uri: str, column: str, role: str) -> pa.Array:
                 table = json.read_json(source, json.ReadOptions(block_size=JSON_BLOCK))
         elif kind == "text":
             with filesystem.open_input_stream(path) as source:
-                table = pa.table({column: pa.array(source.read().split(b"\n"), pa.large_binary())})
+                table = pa.table({columns[0]: pa.array(source.read().split(b"\n"), pa.large_binary())})
         else:
             raise ConfigError(f"{role}: {uri!r} is not a .parquet, .jsonl or .txt file")
     except pa.ArrowException as error:
         raise ConfigError(f"{role}: cannot read {uri!r}: {error}") from error
-    if column not in table.column_names:
-        raise ConfigError(f"{role}: {uri!r} has no column {column!r}; it has {', '.join(table.column_names)}")
-    if not is_text(table[column].type):
-        raise ConfigError(f"{role}: column {column!r} of {uri!r} is {table[column].type}, not text")
-    return table[column].combine_chunks()
+    if missing := next((c for c in columns if c not in table.column_names), None):
+        raise ConfigError(f"{role}: {uri!r} has no column {missing!r}; it has {', '.join(table.column_names)}")
+    return table.select(list(columns))

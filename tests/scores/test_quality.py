@@ -24,7 +24,7 @@ from pipeline.corpus.storage import Store
 from pipeline.engine.pool import InlinePool
 from pipeline.errors import TamisError
 from pipeline.run import Artifact, Run
-from pipeline.scores.quality import GOOD, Quality, _has_rare_breaks, _lines, _open
+from pipeline.scores.quality import GOOD, Quality, _has_rare_breaks, _lines, open_classifier
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAMPLE = EXAMPLES / "sample"
@@ -49,7 +49,7 @@ def fitted(directory: Path, quality: dict[str, Any], corpus: Path = SAMPLE, **op
 def scored(model: Path, texts: pa.Array, label: str = GOOD) -> np.ndarray:
     """Scores of texts by a `model.bin`."""
     batch = pa.record_batch([texts], ["text"])
-    out = _open(Artifact("quality", "", Store(str(model.parent))), label)(batch)
+    out = open_classifier(Artifact("quality", "", Store(str(model.parent))), label)(batch)
     assert out.schema == pa.schema([("score", pa.float32())])
     return out["score"].to_numpy()
 
