@@ -18,14 +18,16 @@ WORD = rf"[\w&&[{SPACELESS}]]|[\w&&[^{SPACELESS}]]+"
 a word holds its accents and vowel signs, as Hindi needs."""
 
 
-def hashed_words(texts: pa.Array, buckets: int, max_chars: int) -> tuple[np.ndarray, np.ndarray]:
+def hashed_words(texts: pa.Array, buckets: int, max_chars: int, pattern: str = WORD) -> tuple[np.ndarray, np.ndarray]:
     """Lower-cased words of n texts, of their first `max_chars` characters, hashed to [0, buckets).
 
-    Returns the words of all texts end to end (int32), and n + 1 offsets (int64) between which each text's lie.
+    `pattern`: what a word is. Returns the words of all texts end to end (int32), and n + 1 offsets (int64) between which each text's lie.
     """
     import polars as pl
 
-    words = pl.Series(pc.utf8_slice_codeunits(texts, 0, max_chars)).str.to_lowercase().str.extract_all(WORD).to_arrow()
+    words = (
+        pl.Series(pc.utf8_slice_codeunits(texts, 0, max_chars)).str.to_lowercase().str.extract_all(pattern).to_arrow()
+    )
     offsets = np.zeros(len(texts) + 1, np.int64)
     np.cumsum(pc.list_value_length(words).to_numpy(), out=offsets[1:])
     distinct = words.flatten().cast(pa.large_string()).dictionary_encode()  # words repeat: each is hashed once
