@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.concepts.assign import concept_column
 from pipeline.concepts.kmeans import Cluster
+from pipeline.concepts.spread import measure
 from pipeline.concepts.table import concept_table
 from pipeline.config import Config, load, parse
 from pipeline.corpus.rows import row_column
@@ -112,6 +113,8 @@ def harvest(run: Run, selection: Selection) -> Curated:
     """Write what was selected, in the forms that people and trainers read."""
     directory, files = write_curated(run, selection)
     write_handoff(run, selection)
+    if run.config.output.spread:
+        measure(run)
     run.release()  # the report reads little: the driver does it while Ray shuts down
     write_report(run, selection, files)
     run.finish()

@@ -16,6 +16,7 @@ import pyarrow as pa
 import yaml
 
 from pipeline import __version__
+from pipeline.concepts.spread import measure
 from pipeline.report.charts import concept_scatter, histogram
 from pipeline.report.counts import level_values
 from pipeline.report.facts import CONCEPTS_LISTED, Facts, Sampled, gather
@@ -85,9 +86,18 @@ def header(facts: Facts) -> Html:
         el("h1", _name(run)),
         el("p", about, class_="soft"),
         el("div", tiles, class_="tiles"),
-        [_note(f"{note[:1].upper()}{note[1:]}.") for note in chosen.notes],
+        [_note(f"{note[:1].upper()}{note[1:]}.") for note in [*chosen.notes, *_spread(run)]],
         el("nav", [el("a", a.capitalize(), href=f"#{a}") for a in anchors if not absent.get(a)]),
     )
+
+
+def _spread(run: Run) -> list[str]:
+    """How diverse the kept rows are, where that is measured; before the page is written, so this reads it."""
+    if not run.config.output.spread:
+        return []
+    whole = measure(run).whole
+    ranks = [whole[f"erank{which}"] for which in ("_kept", "", "_drawn")]
+    return ["the kept vectors have an effective rank of {:.1f}, all have {:.1f}, as many drawn {:.1f}".format(*ranks)]
 
 
 def funnel(facts: Facts) -> list[Html]:
