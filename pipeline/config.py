@@ -31,6 +31,7 @@ from pipeline.concepts.kmeans import Cluster
 from pipeline.embed.base import Embed
 from pipeline.errors import ConfigError
 from pipeline.recipe import Recipe
+from pipeline.rewrite.base import Rewrite
 from pipeline.scores.base import Score
 from pipeline.select.config import Select
 
@@ -65,7 +66,9 @@ def kinds(package: str) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != "base" and not m.name.startswith("_"))
 
 
-def _resolver(package: str, base: type[R]) -> BeforeValidator:
+def recipe_in(package: str, base: type[R]) -> BeforeValidator:
+    """Turns `{kind: ..., ...}`, or the kind alone, into the recipe of that kind in a package of recipes."""
+
     def resolve(value: Any) -> Any:
         if isinstance(value, str):
             value = {"kind": value}  # `scores: [density]` says all there is to say
@@ -134,6 +137,12 @@ class OutputConfig(Model):
     scores: bool = Field(True, description="add a struct column `tamis` with id, concept and scores")
     file_mb: float = Field(256, gt=0, description="compressed MiB a file aims at")
     row_group_rows: int = Field(10_000, ge=1, description="rows a row group at the most")
+    spread: bool = Field(
+        False, description="measure how diverse the kept rows are: effective rank and entropy of their vectors"
+    )
+    rewrite: SerializeAsAny[Annotated[Rewrite, recipe_in("pipeline.rewrite", Rewrite)]] | None = Field(
+        None, description="shorten the kept texts; what is removed is recorded, and the budget counts original tokens"
+    )
 
 
 class HandoffConfig(Model):
@@ -145,9 +154,9 @@ class HandoffConfig(Model):
 
 class Config(Model):
     corpus: CorpusConfig
-    embed: SerializeAsAny[Annotated[Embed, _resolver("pipeline.embed", Embed)]] | None = None
+    embed: SerializeAsAny[Annotated[Embed, recipe_in("pipeline.embed", Embed)]] | None = None
     cluster: Cluster | None = None
-    scores: list[SerializeAsAny[Annotated[Score, _resolver("pipeline.scores", Score)]]] = Field(min_length=1)
+    scores: list[SerializeAsAny[Annotated[Score, recipe_in("pipeline.scores", Score)]]] = Field(min_length=1)
     select: Select
     output: OutputConfig = OutputConfig()
     handoff: HandoffConfig = HandoffConfig()
@@ -162,9 +171,12 @@ class Config(Model):
         if twice:
             raise ValueError(f"two scores are named {twice!r}: give one of them another `name`")
         reserved = {"row", "embed", "concept", "combined", "select", "address", "corpus", "text", "id"}
+        reserved |= {"spread", "rewrite", "kept", "removed", "kept_fraction"}
         if taken := next((n for n in names if n in reserved), None):
             raise ValueError(f"a score cannot be named {taken!r}, which Tamis uses itself: give it another `name`")
         self.select.check_scores(names)
+        if self.output.spread and not self.needs_concepts:
+            raise ValueError("output.spread compares concepts: add `cluster: {k: auto}`")
         return self
 
     @property
@@ -300,11 +312,14 @@ def json_schema() -> dict[str, Any]:
     bases: list[tuple[str, str, Any]] = [
         ("embed", "pipeline.embed", Embed),
         ("scores", "pipeline.scores", Score),
+        ("rewrite", "pipeline.rewrite", Rewrite),
     ]
     for key, package, base in bases:
         classes: list[Any] = [recipe_class(package, base, kind) for kind in kinds(package)]
         union: Any = reduce(or_, classes)
         recipe = Annotated[union, Field(discriminator="kind")]
         fields[key] = (list[recipe], Field(min_length=1)) if key == "scores" else (recipe | None, None)
+    output = create_model("OutputConfig", __base__=OutputConfig, rewrite=fields.pop("rewrite"))
+    fields["output"] = (output, output())
     whole = create_model("Configuration", __base__=Config, **fields)
     return whole.model_json_schema()

@@ -16,8 +16,17 @@ from pipeline.run import Run
 from pipeline.select.stage import Selection
 
 
-def write_card(run: Run, selection: Selection, directory: Store, files: list[dict[str, Any]]) -> None:
-    """Write README.md: a front matter that `datasets` and the hub read, then the totals and the configuration."""
+def write_card(
+    run: Run,
+    selection: Selection,
+    directory: Store,
+    files: list[dict[str, Any]],
+    rewritten: dict[str, int] | None = None,
+) -> None:
+    """Write README.md: a front matter that `datasets` and the hub read, then the totals and the configuration.
+
+    `rewritten`: what the rows came to once their texts were shortened, see `curated.shortened`.
+    """
     config = run.config.model_dump(mode="json", exclude={"engine"}, exclude_none=True)
     front = {
         "configs": [{"config_name": "default", "data_files": _glob(run.store, directory, files)}],
@@ -33,7 +42,7 @@ def write_card(run: Run, selection: Selection, directory: Store, files: list[dic
 
 {selection.rows:,} of {run.rows:,} rows, {selection.tokens:,} tokens ({run.tokens_named}), {selection.bytes:,} bytes of
 text, in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the source's schema and order.
-
+{_rewritten(rewritten)}
 ## What became of every row
 
 | reason | rows |
@@ -52,6 +61,15 @@ Fingerprint of the selection: `{run.plans["select"].fingerprint}`. The run's `ma
 file.
 """
     run.store.write(text.encode(), "README.md")
+
+
+def _rewritten(totals: dict[str, int] | None) -> str:
+    if not totals:
+        return ""
+    return f"""
+These totals are of the original rows, by which they were selected. `output.rewrite` then went over {totals["rows"]:,}
+of them and shortened {totals["shortened"]:,}; it left {totals["tokens"]:,} tokens, {totals["bytes"]:,} bytes of text.
+"""
 
 
 def _glob(run: Store, directory: Store, files: list[dict[str, Any]]) -> str:

@@ -3,6 +3,10 @@
 `layout: parquet` keeps the source's schema and row order and may add a struct column `tamis` (id, concept, scores).
 `layout: nanochat` writes what that trainer reads: `shard_00000.parquet`, one `text` column, row groups of 1,024 rows to
 stripe over ranks, and a last shard for validation, here a random sample of the kept rows rather than their tail.
+
+With `output.rewrite` the kept texts are shortened first (`pipeline.rewrite`): selection and budget count the original
+tokens, the files hold what is left of the same rows, and `tamis` says of every row which characters of its original
+were kept and removed.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from pipeline.corpus.storage import Store
 from pipeline.errors import TamisError
 from pipeline.output.card import write_card
 from pipeline.output.write import TAMIS, Annotation, Subset, sweep, write_subset
+from pipeline.rewrite.base import REWRITE, Shortened
 from pipeline.run import Run
 from pipeline.select.stage import Selection
 from pipeline.select.subset import subset
@@ -30,6 +35,9 @@ def write_curated(run: Run, selection: Selection) -> tuple[Store, list[dict[str,
     output = run.config.output
     directory = Store(output.path) if output.path else run.store.child("curated")
     file_bytes = output.file_mb * MIB
+    if output.rewrite:
+        output.rewrite.fit(run)
+        run.materialize([output.rewrite.column(run)])
     if output.layout == "nanochat":
         files = _nanochat(run, selection, directory, file_bytes)
     else:
@@ -42,11 +50,13 @@ def write_curated(run: Run, selection: Selection) -> tuple[Store, list[dict[str,
             columns=tuple(c for c in columns if not (notes and c == TAMIS)),  # that of an earlier curation is replaced
             annotations=notes,
             row_group_rows=output.row_group_rows,
+            rewrite=output.rewrite,
         )
         files = write_subset(run, kept, file_bytes, "write")
     sweep(directory, files)
-    write_card(run, selection, directory, files)
-    run.manifest["curated"] = {"path": directory.uri, "files": files}
+    rewritten = shortened(run) if output.rewrite else None
+    write_card(run, selection, directory, files, rewritten)
+    run.manifest["curated"] = {"path": directory.uri, "files": files} | ({"rewritten": rewritten} if rewritten else {})
     run.save()
     return directory, files
 
@@ -57,7 +67,14 @@ def score_annotations(run: Run) -> tuple[Annotation, ...]:
     if "concept" in run.plans:
         found.append(Annotation("concept", "concept", "concept"))
     found += [Annotation(s.column_name, s.column_name, "score") for s in run.config.scores]
+    if run.config.output.rewrite:
+        found += [Annotation(name, REWRITE, name) for name in ("kept", "removed", "kept_fraction")]
     return tuple(found)
+
+
+def shortened(run: Run) -> dict[str, int]:
+    """What the rewrite left: `rows` that it looked at, how many it `shortened`, their `tokens` and `bytes` now."""
+    return {name: int(total[0]) for name, total in run.aggregate(Shortened()).items()}
 
 
 def validation_rows(selection: Selection) -> int:
@@ -77,6 +94,7 @@ def _nanochat(run: Run, selection: Selection, directory: Store, file_bytes: floa
         columns=(run.config.corpus.text,),
         names=("text",),
         row_group_rows=NANOCHAT_GROUP,
+        rewrite=run.config.output.rewrite,
     )
     files = write_subset(run, train, file_bytes, "write")
     validation = replace(train, keep=VALIDATION, without=None, first=len(files))

@@ -2,7 +2,9 @@
 
 `calibration` is a few hundred rows with equal shares of every concept, `recovery` a token budget drawn at random from
 the rest. Neither holds a row of the nanochat layout's validation file. Both are Parquet below `<run>/handoff/`, in the
-source's schema, and the file says so in the words that compression tools use for their arguments.
+source's schema, and the file says so in the words that compression tools use for their arguments. Where the output
+rewrites texts, theirs are shortened as well; rows are drawn by their original tokens. For a budget of compute,
+`training` says how many tokens a trainer's loader is to read, and how often it repeats the curated set for that.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ def write_handoff(run: Run, selection: Selection) -> None:
         "selection": run.plans["select"].fingerprint,
         "text_column": run.config.corpus.text,
         "tokens_counted_by": run.tokens_named,
+        **({"training": selection.training} if selection.training else {}),
     }
     drawn: list[str] = []
     left = selection.rows
@@ -53,10 +56,16 @@ def write_handoff(run: Run, selection: Selection) -> None:
 def _write(run: Run, drawn: Drawn) -> dict[str, Any]:
     directory = run.store.child("handoff", drawn.name)
     columns = tuple(run.config.corpus.columns or run.schema.names)
+    output = run.config.output
     kept = Subset(
-        drawn.name, directory, "part-{:05d}.parquet", columns, row_group_rows=run.config.output.row_group_rows
+        drawn.name,
+        directory,
+        "part-{:05d}.parquet",
+        columns,
+        row_group_rows=output.row_group_rows,
+        rewrite=output.rewrite,
     )
-    files = write_subset(run, kept, run.config.output.file_mb * MIB, f"write {drawn.name}")
+    files = write_subset(run, kept, output.file_mb * MIB, f"write {drawn.name}")
     sweep(directory, files)
     return {
         "dataset": directory.uri,

@@ -27,10 +27,12 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.shards import Shard, read_source
 from pipeline.corpus.storage import Store, resolve
+from pipeline.corpus.text import clean_text
 from pipeline.engine.parts import FINGERPRINT, READERS, part_fingerprint, part_name, survey
 from pipeline.engine.reading import Layout
 from pipeline.errors import ConfigError, TamisError
 from pipeline.recipe import State, fingerprint
+from pipeline.rewrite.base import REWRITE, Pieces, Rewrite
 from pipeline.run import Run
 
 VERSION = 2
@@ -69,6 +71,8 @@ class Subset:
     without: str | None = None
     row_group_rows: int = 10_000
     first: int = 0
+    rewrite: Rewrite | None = None
+    """Shortens the texts by the spans of the column `rewrite`; a row without spans keeps its text whole."""
 
     def references(self) -> tuple[str, ...]:
         return (f"{self.keep}.keep", *([f"{self.without}.keep"] if self.without else []))
@@ -207,6 +211,8 @@ class WriteTask:
         """Kept rows of a shard with the files' columns. Where batches end depends on the corpus and the flags alone."""
         keep = self._flags(shard)
         notes = self._notes(shard, np.flatnonzero(keep)) if self.subset.annotations else None
+        rewrites = self.subset.rewrite is not None and self.layout.text in self.subset.columns
+        spans = self._spans(shard, np.flatnonzero(keep)) if rewrites else None
         groups, keep = _kept_groups(shard, keep)
         start = given = 0
         for batch in read_source(groups, list(self.subset.columns), BATCH_ROWS):
@@ -216,6 +222,8 @@ class WriteTask:
             if not mask.all():
                 columns = columns.filter(pa.array(mask))
             if columns.num_rows:
+                if spans is not None:
+                    columns = self._shorten(columns, spans.slice(given, columns.num_rows))
                 beside = [notes.slice(given, columns.num_rows)] if notes is not None else []
                 given += columns.num_rows
                 yield pa.RecordBatch.from_arrays([*columns.columns, *beside], schema=self.schema)
@@ -238,6 +246,20 @@ class WriteTask:
         if self.subset.without:
             keep = pc.and_not(keep, pc.fill_null(self._read(shard, self.subset.without, ["keep"])["keep"], False))
         return np.asarray(keep.to_numpy())
+
+    def _spans(self, shard: Shard, at: np.ndarray) -> pa.ListArray:
+        return self._read(shard, REWRITE, ["kept"])["kept"].combine_chunks().take(pa.array(at))
+
+    def _shorten(self, columns: pa.RecordBatch, spans: pa.ListArray) -> pa.RecordBatch:
+        """The same rows with their texts shortened, in the type that the source's column has."""
+        assert self.subset.rewrite is not None
+        at = columns.schema.get_field_index(self.layout.text)
+        texts = columns.column(at)
+        whole = clean_text(texts)[0].cast(pa.large_string())
+        short = self.subset.rewrite.render(whole, Pieces.of(spans))
+        short = pc.if_else(spans.is_valid(), short, whole)
+        short = short.dictionary_encode() if pa.types.is_dictionary(texts.type) else short
+        return columns.set_column(at, columns.schema.field(at), short.cast(texts.type))
 
     def _notes(self, shard: Shard, at: np.ndarray) -> pa.StructArray:
         rows = pa.array(at)
@@ -315,7 +337,7 @@ def write_subset(run: Run, subset: Subset, file_bytes: float, label: str) -> lis
     schema = subset.schema(run)
     identity = fingerprint(
         VERSION,
-        [run.identity(r) for r in references],
+        [*(run.identity(r) for r in references), *([run.plans[REWRITE].fingerprint] if subset.rewrite else [])],
         [run.plans[c].fingerprint for c in sorted({n.column for n in subset.annotations})],
         [[n.name, n.column, n.field] for n in subset.annotations],
         [subset.columns, str(schema), subset.pattern, subset.row_group_rows],

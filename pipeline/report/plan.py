@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from pipeline.embed.base import Embed
     from pipeline.run import Run
     from pipeline.scores.base import Score
+    from pipeline.select.compute import Choice
 
 SAMPLE_ROWS, SAMPLE_BYTES, SAMPLE_SHARDS = 2048, 32 << 20, 4
 ID_BYTES = 36
@@ -80,6 +81,8 @@ class Plan:
     worker_memory: int
     free: int | None
     warnings: tuple[str, ...]
+    training: tuple[Choice, ...] = ()
+    """Of a budget of compute: what the law chooses for a tenth of it, for it, and for ten times as much."""
 
     @property
     def seconds(self) -> float:
@@ -152,6 +155,7 @@ class Scene:
 
 
 def _add_up(scene: Scene) -> Plan:
+    scene = replace(scene, config=with_stored_law(scene.config))
     config, rows = scene.config, scene.rows
     stages, columns, dims = text_stages(scene)
     if config.needs_concepts:
@@ -195,6 +199,7 @@ def _add_up(scene: Scene) -> Plan:
         worker_memory=measure.peak_memory(),
         free=_free(config.run),
         warnings=(),
+        training=training(config, available["tokens"]),
     )
     return replace(plan, warnings=tuple(warnings(scene, plan, wanted, available)))
 
@@ -218,10 +223,17 @@ def text_stages(scene: Scene) -> tuple[list[Stage], dict[str, float], int]:
         recipe.fit(run)
         stages += [_fit_stage(scene, p, read) for p in run.manifest["passes"][before:]]
     support = {c.name: c for score in config.scores for c in score.support(run)}
+    run.materialize(list(support.values()))  # what reads them has to find them
     for column in [*support.values(), *(recipe.column(run) for recipe in recipes)]:
         rates[column.name] = measure.column_rate(run, column)
         if column.name == "embed":
             dims = column.fields.field("vector").type.list_size
+    for score in config.scores:
+        if score.needs == "text" and score.compares_rows:
+            before = len(run.manifest["passes"])
+            score.fit(run)
+            score.fill(run)
+            stages += [_fit_stage(scene, p, read) for p in run.manifest["passes"][before:]]
     columns = {name: rate.width * rows for name, rate in rates.items()}
     seconds = measure.reading_rate(run, asked) + sum(rate.seconds for rate in rates.values())
     seconds = rows * seconds / scene.busy + sum(rate.load for rate in rates.values())
@@ -278,14 +290,42 @@ def stored_sizes(run: Run) -> dict[str, float]:
 def wanted_amount(config: Config, available: dict[str, float]) -> float:
     """The budget in its unit."""
     budget = config.select.budget
+    if budget.compute is not None:
+        choice = budget.choice(int(available["tokens"]))
+        return float(choice.best.tokens if choice else available["tokens"])
     if budget.fraction is not None:
         return budget.fraction * available[budget.unit]
     return float(getattr(budget, budget.unit))
 
 
+def with_stored_law(config: Config) -> Config:
+    """A budget of compute whose proxies have been trained gets the law that they gave."""
+    from pipeline.select.compute import load_law
+    from pipeline.select.proxies import LAW, QQT
+
+    budget = config.select.budget
+    file = ("artifacts", QQT, LAW)
+    if budget.proxies is None or LAW not in Store(config.run).files(*file[:-1]):
+        return config
+    law = load_law(Store(config.run).locate(*file))
+    budget = budget.model_copy(update={"law": law, "proxies": None})
+    return config.model_copy(update={"select": config.select.model_copy(update={"budget": budget})})
+
+
+def training(config: Config, tokens: float) -> tuple[Choice, ...]:
+    from pipeline.select.compute import choose
+
+    budget = config.select.budget
+    if budget.compute is None or budget.params is None or budget.law is None:
+        return ()
+    return tuple(choose(budget.law, budget.compute * times, budget.params, tokens) for times in (0.1, 1.0, 10.0))
+
+
 def warnings(scene: Scene, plan: Plan, wanted: float, available: dict[str, float]) -> Iterator[str]:
     """What would stop the run, or make it slower or larger than its owner thinks."""
     engine, unit = scene.config.engine, scene.config.select.budget.unit
+    if scene.config.select.budget.proxies is not None:
+        yield "select.budget.proxies: how much will be kept is known once they have been trained; all is counted here"
     if wanted > available[unit]:
         there = f"{'' if unit == 'rows' else 'about '}{count(available[unit])}"
         yield f"select.budget.{unit}: {count(wanted)} is more than the corpus has, {there}: lower it"
@@ -353,6 +393,19 @@ def _free(run: str) -> int | None:
     return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
 
 
+TIMES = ("C / 10", "C", "10 C")
+
+
+def curve_lines(choices: Sequence[Choice]) -> list[tuple[str, ...]]:
+    """A line a pool: its tokens, share and epochs, and its predicted error for every compute, the least one marked."""
+    now = choices[1]
+    lines = []
+    for i, pool in enumerate(now.curve):
+        errors = [f"{c.curve[i].error:.5g}{' *' if c.curve[i] == c.best else '  '}" for c in choices]
+        lines.append((short(pool.tokens), f"{pool.fraction:.1%}", f"{pool.epochs:.3g}", *errors))
+    return lines
+
+
 def print_plan(plan: Plan) -> None:
     from pipeline.report.terminal import console, print_table, text
 
@@ -378,6 +431,12 @@ def print_plan(plan: Plan) -> None:
     stored.append(("all", "", size(plan.stored)))
     print_table(out, ["stored", "a row", "in all"], stored, "lnn")
     out.print()
+    if plan.training:
+        print_table(out, ["tokens kept", "of all", "epochs", *TIMES], curve_lines(plan.training), "nnnnnn")
+        out.print(text("Predicted error by tokens kept, for a tenth of the compute, for it and for ten times as much;"))
+        out.print(text("the least is marked."))
+        out.print(*(text(visible(f"{note[:1].upper()}{note[1:]}.", 400)) for note in plan.training[1].notes), sep="\n")
+        out.print()
     free = "" if plan.free is None else f", {size(plan.free)} free"
     out.print(text(f"Keeps   about {count(plan.kept_rows)} rows"))
     out.print(text(f"Disk    {size(plan.stored)} in {plan.run}{free}"))

@@ -13,6 +13,8 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from pipeline.errors import ConfigError
+from pipeline.select.compute import Choice, Law, choose, load_law
+from pipeline.select.proxies import Proxies
 
 if TYPE_CHECKING:
     from pipeline.scores.base import Score
@@ -28,15 +30,28 @@ class _Model(BaseModel):
 
 
 class Budget(_Model):
-    """How much to keep, at the most; exactly one of rows, tokens, bytes and fraction."""
+    """How much to keep, at the most; exactly one of rows, tokens, bytes, fraction and compute."""
 
     rows: int | None = Field(None, ge=1, description="rows to keep")
     tokens: int | None = Field(None, ge=1, description="tokens to keep, as corpus.tokenizer counts them")
     bytes: int | None = Field(None, ge=1, description="UTF-8 bytes of text to keep")
     fraction: float | None = Field(None, gt=0, le=1, description="share of what is there, quarantined rows left out")
     of: Unit = Field("rows", description="what `fraction` is a share of")
+    compute: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="FLOPs of the training: `law` then says how many tokens to keep"
+    )
+    params: float | None = Field(None, gt=0, allow_inf_nan=False, description="compute: parameters of the model")
+    law: Law | None = Field(
+        None, description="compute: utility and half-life of the best tokens, or a JSON file that holds them"
+    )
+    proxies: Proxies | None = Field(None, description="compute: small trainings to fit the law to, where none is given")
 
-    @field_validator("rows", "tokens", "bytes", "fraction", mode="before")
+    @field_validator("law", mode="before")
+    @classmethod
+    def _file(cls, value: Any) -> Any:
+        return load_law(value) if isinstance(value, str) else value
+
+    @field_validator("rows", "tokens", "bytes", "fraction", "compute", "params", mode="before")
     @classmethod
     def _number(cls, value: Any) -> Any:
         if isinstance(value, bool):
@@ -45,20 +60,38 @@ class Budget(_Model):
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        given = [k for k in (*UNITS, "fraction") if getattr(self, k) is not None]
+        given = [k for k in (*UNITS, "fraction", "compute") if getattr(self, k) is not None]
+        training = [k for k in ("params", "law", "proxies") if getattr(self, k) is not None]
+        if self.compute is None and training:
+            raise ValueError(
+                f"{' and '.join(training)} belong to `compute`, the FLOPs of the training: give those, too"
+            )
         if len(given) != 1:
             found = f"it has {' and '.join(given)}" if given else "it has none"
-            raise ValueError(f"needs exactly one of rows, tokens, bytes and fraction; {found}")
+            raise ValueError(f"needs exactly one of rows, tokens, bytes, fraction and compute; {found}")
+        if self.compute is not None and (self.params is None or (self.law is None) == (self.proxies is None)):
+            raise ValueError("compute needs `params` and either `law` ({utility: [...], ...} or a file) or `proxies`")
         if self.of != "rows" and self.fraction is None:
             raise ValueError(f"`of` belongs to `fraction`: remove it, or write {{fraction: 0.1, of: {self.of}}}")
         return self
 
     @property
     def unit(self) -> Unit:
+        if self.compute is not None:
+            return "tokens"
         return self.of if self.fraction is not None else next(u for u in UNITS if getattr(self, u) is not None)
+
+    def choice(self, available: int) -> Choice | None:
+        """What a budget of compute comes to, out of the tokens that the corpus has; None for any other budget, and for
+        one whose law is not fitted yet."""
+        if self.compute is None or self.params is None or self.law is None:
+            return None
+        return choose(self.law, self.compute, self.params, available)
 
     def amount(self, available: int) -> int:
         """The budget in its unit, out of what the corpus has. Raises ConfigError where that is less, or rounds to 0."""
+        if choice := self.choice(available):
+            return choice.best.tokens
         if self.fraction is not None:
             amount = int(Fraction(repr(self.fraction)) * available)  # the decimal that was written: 0.29 of 100 is 29
             if amount == 0:

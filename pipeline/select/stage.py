@@ -1,9 +1,11 @@
 """The selection: scores that are stored once, to the rows that an exact budget keeps. Read `select` first.
 
 It reads scores, concepts and row sizes, never the text, a vector or a model, so another budget or other weights over
-stored columns take seconds. What it leaves in the run:
+stored columns take seconds; but for the proxies of a budget of compute, which are trained once, on a sample. What it
+leaves in the run:
 
     columns/combined        one score out of several, where several rank or the order is drawn
+    artifacts/qqt           for a budget of compute with proxies: the law that they gave, and their errors
     artifacts/threshold     the lines above which rows are kept, and every concept's quota
     columns/select          `keep` and `reason` of every row
     artifacts/selection     selection.json (totals, reasons, notes), shards.npz (rows, tokens and bytes kept a shard),
@@ -32,6 +34,7 @@ from pipeline.sample import needs_fit
 from pipeline.select import quotas
 from pipeline.select.combine import combined
 from pipeline.select.config import Quotas, Select, Unit
+from pipeline.select.proxies import fitted_law
 from pipeline.select.ranking import Line, Ranking, load_lines, save_lines
 from pipeline.select.threshold import Totals, exact, find
 from pipeline.select.verdict import AMOUNTS, LINES, Floor, Lowest, Realised, Verdict, verdict_column
@@ -66,6 +69,8 @@ class Selection:
     tokens_named: str
     notes: tuple[str, ...]
     artifact: Artifact
+    training: dict[str, Any] | None = None
+    """Of a budget of compute: `tokens_to_see`, `epochs` over what is kept, and what the law predicts."""
 
     @property
     def kept(self) -> int:
@@ -99,8 +104,10 @@ def select(run: Run, config: Select, scores: Sequence[Score], concepts: pa.Table
     present = (*(f"{n}.score" for n in names), *((CONCEPT,) if concepts is not None else ()))
     alive = run.identity(*present)
 
+    ranked_by = _ranked_by(run, config, names, present, seed)
+    config = with_law(run, config, ranked_by, seed)
     ranking = Ranking(
-        scores=_ranked_by(run, config, names, present, seed),
+        scores=ranked_by,
         unit=WEIGHT[config.budget.unit],
         seed=stream(seed, "ties"),
         floors=tuple((f"{n}.score", v) for n, v in config.floors.items()),
@@ -147,6 +154,16 @@ def _ranked_by(run: Run, config: Select, names: Sequence[str], present: tuple[st
         return tuple(weights)
     run.materialize([combined(run, config.combine, weights, present, config.temperature, stream(seed, "draw"))])
     return ("combined.score",)
+
+
+def with_law(run: Run, config: Select, ranked_by: tuple[str, ...], seed: int) -> Select:
+    """The same selection, with the law in place of the proxies that it is fitted to."""
+    proxies = config.budget.proxies
+    if proxies is None:
+        return config
+    law = fitted_law(run, proxies, ranked_by, stream(seed, "proxies"))
+    budget = config.budget.model_copy(update={"law": law, "proxies": None})
+    return config.model_copy(update={"budget": budget})
 
 
 @dataclass(frozen=True)
@@ -215,6 +232,8 @@ def _find(
         notes.append(f"the budget takes all {there:,} {unit} that there are")
     elif totals.weight.sum() < budget:
         notes.append(f"only {int(totals.weight.sum()):,} {unit} reach the floors, less than the budget: all are kept")
+    choice = config.budget.choice(there)
+    notes += choice.notes if choice else ()
     about = {
         "unit": unit,
         "budget": budget,
@@ -223,6 +242,7 @@ def _find(
         "rows": int(cut.rows.sum()) + (int(first.rows.sum()) if first else 0),
         "elsewhere": elsewhere,
         "notes": notes,
+        **({"training": choice.described()} if choice else {}),
     }
     return Found(lines, (first or cut).budget, about)
 

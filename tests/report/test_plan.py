@@ -133,3 +133,20 @@ def test_flops_of_a_transformer(tmp_path: Path) -> None:
 
     assert model_flops(Encoder(), 10) == 2 * 64 * 10  # type: ignore[arg-type]
     assert model_flops(object(), 10) == 0  # type: ignore[arg-type]
+
+
+def test_a_budget_of_compute_shows_its_curve_and_choice(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    law = {"utility": [-0.18, -0.16, -0.14], "half_life": 2, "share": 0.2, "scale": 100.0}
+    budget = {"compute": 1e9, "params": 1000, "law": law}
+    simple = {"embed": None, "cluster": None, "scores": ["random"], "select": {"budget": budget}}
+    plan = make_plan(parse(configuration(corpus, tmp_path / "run", **simple)))
+    small, now, large = plan.training
+    assert small.best.buckets < now.best.buckets <= large.best.buckets
+    assert plan.kept_rows == pytest.approx(now.best.fraction * 3000, rel=0.01)
+    print_plan(plan)
+    out = capsys.readouterr().out
+    assert out.count(" *") == 3  # one choice a compute
+    for said in ("tokens kept", "BETR's rule", f"{now.best.epochs:.3g}"):
+        assert said in out

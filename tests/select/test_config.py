@@ -20,7 +20,7 @@ def score(name: str, **quotas: Any) -> Any:
     ("select", "message"),
     [
         ({}, "budget"),
-        ({"budget": {}}, "exactly one of rows, tokens, bytes and fraction; it has none"),
+        ({"budget": {}}, "exactly one of rows, tokens, bytes, fraction and compute; it has none"),
         ({"budget": {"rows": 1, "tokens": 2}}, "it has rows and tokens"),
         ({"budget": {"rows": 0}}, "greater than or equal to 1"),
         ({"budget": {"bytes": -5}}, "greater than or equal to 1"),
