@@ -118,6 +118,60 @@ def submit(
 
 
 @app.command()
+def fit(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="Kind or name of a score of the configuration.")],
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run: RunOption = None,
+) -> None:
+    """Fit what a criterion needs, such as its models, and print where it is; nothing is scored."""
+    from pipeline.config import load
+    from pipeline.fit import fit as fit_score
+
+    for name, path in fit_score(load(config, overrides, run), kind).items():
+        print(f"{name}\t{path}")
+
+
+@app.command()
+def compare(
+    config: Annotated[
+        str, typer.Option("--proxy", metavar="CONFIG", help="YAML file whose scores are compared, each alone.")
+    ],
+    target: Annotated[
+        list[str] | None, typer.Option("--target", metavar="FILE", help="Texts that the model is to be good at.")
+    ] = None,
+    at: Annotated[list[float] | None, typer.Option("--at", help="Budget, as a share of all tokens: 0.1.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Trainings of every arm.")] = None,
+    options: Annotated[
+        list[str] | None, typer.Option("--with", metavar="A.B=C", help="Set an option of the training: steps=500.")
+    ] = None,
+    overrides: Overrides = None,
+    run: RunOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Train a small language model on the selection of each criterion and on random draws: which earns its cost?"""
+    from pipeline.compare.proxy import compare_proxy, settings
+    from pipeline.compare.verdict import print_comparison
+    from pipeline.config import load
+
+    proxy = settings(options or [], target=target, at=at, seeds=seeds)
+    print_comparison(compare_proxy(load(config, overrides, run), proxy, quiet=quiet))
+
+
+@app.command()
+def criteria(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="One criterion: its fields and defaults.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List the criteria: what a high score of each claims, needs and costs, and where it comes from."""
+    from pipeline.report.criteria import print_criteria
+
+    print_criteria(kind, as_json)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of the configuration, for editors."""
     import json

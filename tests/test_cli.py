@@ -152,3 +152,19 @@ def test_submit_says_when_nobody_answers(config: Path) -> None:
     refused = run(TAMIS, "submit", str(config), "--address", "http://127.0.0.1:1")
     assert refused.returncode == 1
     assert "cannot submit to http://127.0.0.1:1" in refused.stderr
+
+
+def test_fit_makes_the_artifacts_of_a_score_and_scores_nothing(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("\n".join(f"word word {i}" for i in range(40)))
+    small = "{kind: quality, positives: good.txt, dim: 4, bucket: 1000}"
+    config.write_text(config.read_text().replace("[length, random]", f"[length, {small}]"))
+    done = run(TAMIS, "fit", "quality", str(config), "--set", "seed=3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name, path = done.stdout.split()
+    assert name == "quality"
+    assert (Path(path) / "model.bin").is_file()
+    assert not (tmp_path / "run" / "columns").exists()
+
+    missing = run(TAMIS, "fit", "perplexity", str(config))
+    assert missing.returncode == 1
+    assert "none of kind 'perplexity'; it has length, quality" in missing.stderr

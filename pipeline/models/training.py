@@ -3,7 +3,7 @@
 A byte-level BPE tokenizer, a Llama-shaped decoder and a plain training loop: AdamW with betas 0.9 and 0.95, no weight
 decay, gradients clipped at 1, linear warm-up, cosine to a tenth of the rate; the settings of CoLoR-Filter's auxiliary
 models (Brandfonbrener et al. 2024, arXiv 2406.10670), but for their eps of 1e-15 and their z-loss, which models of this
-size do not need. The defaults of `Shape` are ours: 1.4 M parameters, for CPUs.
+size do not need. The defaults of `Shape` are ours: 1.3 M parameters, for CPUs.
 
 The same inputs and seed give the same model on the same machine and threads; sums of BLAS round otherwise elsewhere.
 """

@@ -82,6 +82,8 @@ def state(run: Stored, owner: dict[str, Any] | None) -> tuple[str, int]:
         return f"Done: {_curated(run)}", 0
     if status == "finished with failed shards":
         return f"Finished, but some of the corpus is left out: {_curated(run)}", 2
+    if status == "fitted":
+        return "Fitted: nothing is selected yet; `tamis curate` goes on from here", 0
     if status == "failed":
         return f"Failed: {visible(str(run.manifest.get('error', '')), 1000)}", 1
     return "Broken off: no process works here. The same command continues where it stopped", 1

@@ -108,7 +108,7 @@ class Prototypes(Score):
             raise ConfigError(f"{self.column_name}.label: the corpus has no column {self.label!r}; it has {there}")
         budget = run.config.select.budget
         if budget.compute is not None and self.share is None:
-            raise ConfigError(f"{self.column_name}.share: say at which share to decide; a budget of compute has none yet")
+            raise ConfigError(f"{self.column_name}.share: say at which to decide; a budget of compute has none yet")
         trial = Trial(
             label=None if self.label is None else f"corpus.{self.label}",
             size=None if budget.unit == "rows" else f"row.{budget.unit}",

@@ -17,6 +17,7 @@ import toys
 from pipeline.corpus.rows import row_column
 from pipeline.engine.pool import InlinePool, Pool, RayPool
 from pipeline.errors import ConfigError, NoShardLeft, TamisError, TooManyBadRows
+from pipeline.recipe import Resources
 from pipeline.run import Run
 
 Pools = Callable[[], Pool]
@@ -95,6 +96,16 @@ def test_a_column_reads_one_of_the_same_pass_or_of_an_earlier_one(write_corpus: 
         assert together["score"].to_pylist() == pc.multiply(stored(run, "a")["score"], 2).to_pylist()
     with open_run(write_corpus(), name="wrong") as run, pytest.raises(TamisError, match=r"'a.score' is read before"):
         run.materialize([then, first])
+
+
+def test_a_column_reads_one_that_another_kind_of_actor_fills(write_corpus: Any, open_run: Any) -> None:
+    a = toys.column("a", toys.length)
+    b = toys.column("b", toys.double, "a.score", inputs=("a.score",), resources=Resources(cpus=2))
+    c = toys.column("c", toys.double, "b.score", inputs=("b.score",))
+    with open_run(write_corpus()) as run:
+        run.materialize([a, b, c, toys.column("d", toys.length)])
+        assert [p["pass"] for p in run.manifest["passes"]] == ["a+d", "b", "c"]
+        assert stored(run, "c")["score"].to_pylist() == pc.multiply(stored(run, "a")["score"], 4).to_pylist()
 
 
 def test_quarantine_points_to_the_very_row(write_corpus: Any, open_run: Any, any_pool: Pools) -> None:

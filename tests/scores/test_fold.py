@@ -81,9 +81,8 @@ def test_neither_a_quantized_model_nor_word_vectors_nor_a_broken_file_is_folded(
     classifier = fasttext.load_model(str(model))
     classifier.quantize(str(tmp_path / "lines.txt"), retrain=False, cutoff=0)
     classifier.save_model(str(tmp_path / "quantized.bin"))
-    vectors = fasttext.train_unsupervised(
-        str(tmp_path / "lines.txt"), dim=20, bucket=1000, epoch=1, thread=1, verbose=0
-    )
+    (tmp_path / "few.txt").write_text("".join(texts[:20]))
+    vectors = fasttext.train_unsupervised(str(tmp_path / "few.txt"), dim=20, bucket=1000, epoch=1, thread=1, verbose=0)
     vectors.save_model(str(tmp_path / "vectors.bin"))
     broken = {"empty": b"", "short": content[:80], "truncated": content[:-100], "other": b"x" * len(content)}
     for name, data in broken.items():

@@ -1,0 +1,229 @@
+"""Loss reduction: what a model that has seen the target finds easier than the same model before (CoLoR-Filter).
+
+    score(x) = L_prior(x) - L_conditional(x),    L(x) = -1/T sum_t ln p(x_t | x_<t)
+
+in nats a token, over the T tokens of a row from the second on. It is the log-likelihood ratio of target against corpus
+a token; its mean is KL(target || corpus) over target text and -KL(corpus || target) over the corpus. `prior` and
+`conditional` are two causal models with one tokenizer; or `target` names texts, and the pair is trained here: a small
+model from scratch on a sample of the corpus, then fine-tuned on the target until texts of it that were held out get no
+easier. The artifacts `<name>-prior` and `<name>-conditional` then hold the pair, and `conditional.json` how it went.
+
+RHO-LOSS (Mindermann et al. 2022, arXiv 2206.07137) is the same difference with the model that is being trained in the
+place of the prior: give its checkpoint as `prior`, a model of held-out data as `conditional`, and score again as it
+learns.
+
+What it trades away:
+- Rows are scored whole, by their first `max_tokens` tokens; the paper scores packed sequences of 512.
+- Short rows have scores of high variance. `shrink: T0` multiplies by T / (T + T0); the paper has no short rows. One
+  token has no loss: such rows go to quarantine, as do those with a loss that is not finite.
+- A tiny target set turns the score into overlap with its phrases. Rows that hold a target text get the highest scores
+  of all: rows that equal one are warned of, by their ids. Remove evaluation data from the corpus first.
+- It sees the difference that a small model makes of small data. Where the held-out loss never falls, the conditional
+  model is the prior and every score is 0, which is the random criterion; a warning says so.
+
+Defaults: optimizer as in the official code; sizes and steps are ours, see `Training`; the paper fine-tunes for one
+epoch at 1e-3.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field, model_validator
+
+from pipeline.engine import threads
+from pipeline.errors import ConfigError
+from pipeline.models.causal import check_model, context, load_causal, model_source, row_losses, token_column
+from pipeline.models.files import check_installed, folder_of
+from pipeline.models.training import lm_loss, pack, save_lm, train_lm
+from pipeline.recipe import Column, Transform, fingerprint
+from pipeline.sample import needs_fit
+from pipeline.scores._contamination import warn_contained
+from pipeline.scores._prior import Training, neural, prior, seed_of
+from pipeline.scores._seeds import identify, locate
+from pipeline.scores._targets import listed, read_targets
+from pipeline.scores.base import Score
+
+if TYPE_CHECKING:
+    from pipeline.artifact import Artifact
+    from pipeline.run import Run
+
+log = logging.getLogger(__name__)
+
+FIELDS = pa.schema(
+    [
+        ("score", pa.float32()),
+        ("loss_prior", pa.float32()),
+        ("loss_conditional", pa.float32()),
+        ("tokens", pa.int32()),
+    ]
+)
+FACTS = "conditional.json"
+TUNING = ("train", "target_text", "holdout", "tune_steps", "tune_lr")
+LOOKS, PATIENCE = 10, 4
+"""The held-out loss is measured so many times over the tuning, which ends when so many looks brought nothing."""
+HELD_OUT_BLOCKS = 64
+"""The held-out texts count up to so many blocks, so that looking costs less than tuning."""
+
+
+class LossReduction(Score):
+    """Prior's minus conditional's loss, nats a token."""
+
+    claim = "like the target: a model that has seen the target finds it easier than before"
+    cost = "4 N FLOPs a token, two forward passes of N parameters"
+    source = "Brandfonbrener et al. 2024 (CoLoR-Filter), arXiv 2406.10670"
+    kind: Literal["loss_reduction"] = "loss_reduction"
+    prior: str | None = Field(None, description="folder of a causal model of the corpus, or hf://org/name[@revision]")
+    conditional: str | None = Field(None, description="the same after fine-tuning on the target")
+    target: str | list[str] | None = Field(
+        None, description="instead of the two: texts to be like, Parquet, .jsonl or .txt; the pair is trained"
+    )
+    target_text: str = Field("text", description="column of the target files that holds the text")
+    holdout: float = Field(0.1, ge=0, lt=1, description="share of the target that says when to stop; 0: no early stop")
+    train: Training = Field(Training(), description="how the prior is trained")
+    tune_steps: int = Field(200, ge=0, description="batches of the target to fine-tune on, at the most")
+    tune_lr: float = Field(1e-3, gt=0, description="highest learning rate of the fine-tuning")
+    max_tokens: int = Field(512, ge=2, description="tokens of a row that count; no more than the model's context")
+    shrink: float = Field(0, ge=0, description="T0: scores of T tokens are multiplied by T / (T + T0)")
+
+    @model_validator(mode="after")
+    def _one_pair(self) -> Self:
+        check_installed("scores.loss_reduction", "models", "torch", "transformers", "safetensors")
+        if self.target is None and None in (self.prior, self.conditional):
+            raise ValueError("give either `prior` and `conditional` (models), or `target` (texts to train a pair for)")
+        if self.target is not None and (self.prior or self.conditional):
+            raise ValueError("`target` trains the pair: remove `prior` and `conditional`, or `target`")
+        if self.target is None and (unused := self.model_fields_set.intersection(TUNING)):
+            raise ValueError(f"the models are trained already: remove {', '.join(sorted(unused))}")
+        for model in (self.prior, self.conditional):
+            if model is not None:
+                check_model(self.kind, model)
+        return self
+
+    def fit(self, run: Run) -> None:
+        self._pair(run)
+
+    def support(self, run: Run) -> Sequence[Column]:
+        pair = self._pair(run)
+        longest = min(self.max_tokens, *(context(folder_of(model_source(run, model))) for model in pair))
+        return [token_column(run, model, longest) for model in pair]
+
+    def column(self, run: Run) -> Column:
+        support = self.support(run)
+        identity = fingerprint(type(self).__name__, self.version, self.shrink)
+        inputs = tuple(f"{column.name}.logp" for column in support)
+        # The actor of the models, so that the score is filled in the same pass as they.
+        return Column(self.column_name, inputs, FIELDS, partial(_open, self.shrink), identity, support[0].resources)
+
+    def _pair(self, run: Run) -> tuple[str | Artifact, str | Artifact]:
+        """Prior and conditional; trained once, found again by their fingerprints. Raises ConfigError."""
+        if self.prior is not None and self.conditional is not None:
+            tokenizers = [_tokenizer(folder_of(model_source(run, m))) for m in (self.prior, self.conditional)]
+            if tokenizers[0] != tokenizers[1]:
+                raise ConfigError(
+                    f"{self.column_name}: {self.prior} and {self.conditional} have different tokenizers, so their "
+                    "losses are of different tokens: take a conditional model that was fine-tuned from the prior"
+                )
+            return self.prior, self.conditional
+        files = locate(listed(self.target), f"{self.column_name}.target")
+        texts = read_targets(files, self.target_text, f"{self.column_name}.target")["text"].to_pylist()
+        held_out = math.ceil(self.holdout * len(texts))
+        if held_out == len(texts):
+            raise ConfigError(
+                f"{self.column_name}: the target set has one distinct text, so none can be held out to say when to "
+                "stop: give more, or set holdout: 0 and the number of tune_steps"
+            )
+        before = prior(run, f"{self.column_name}-prior", self.train)
+        tuning = Tuning(held_out, self.tune_steps, self.train.batch, self.tune_lr, seed_of(run, self.train))
+        name = f"{self.column_name}-conditional"
+        identity = fingerprint("conditional", self.version, before.fingerprint, identify(files), vars(tuning))
+        if needs_fit(run, name, identity):
+            warn_contained(run, texts, f"{self.column_name}.target")
+        gpu = run.config.engine.gpus > 0
+        return before, run.artifact(name, identity, partial(_tune, tuning, before, texts, gpu), neural(run))
+
+
+def _tokenizer(folder: Path) -> Any:
+    """What decides on tokens in a folder's tokenizer.json."""
+    found = json.loads((folder / "tokenizer.json").read_text())
+    return {key: value for key, value in found.items() if key not in ("padding", "truncation")}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the conditional is made of the prior; `held_out` counts texts."""
+
+    held_out: int
+    steps: int
+    batch: int
+    lr: float
+    seed: int
+
+
+def _tune(tuning: Tuning, before: Artifact, texts: list[str], gpu: bool, directory: Path) -> None:
+    """Fine-tune the prior and keep it as it was when the held-out loss was lowest, which may be before any step."""
+    import torch
+
+    torch.set_num_threads(threads.cpus())
+    model, tokenizer = load_causal(before.local())
+    model = model.to("cuda" if gpu else "cpu")
+    backend, length = tokenizer.backend_tokenizer, model.config.max_position_embeddings
+    backend.encode_special_tokens = True
+    tokens = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+    blocks = pack(tokens[tuning.held_out :], length, 0)
+    looks: list[tuple[int, float]] = []
+    best = {name: value.clone() for name, value in model.state_dict().items()}
+    if tuning.held_out:
+        watched = pack(tokens[: tuning.held_out], length, 0)[:HELD_OUT_BLOCKS]
+        looks.append((0, lm_loss(model, watched)))
+
+    def stop(step: int) -> bool:
+        nonlocal best
+        if not looks or (step % max(1, tuning.steps // LOOKS) and step < tuning.steps):
+            return False
+        loss = lm_loss(model, watched)
+        if loss < min(known for _, known in looks):
+            best = {name: value.clone() for name, value in model.state_dict().items()}
+        looks.append((step, loss))
+        return len(looks) - 1 - int(np.argmin([known for _, known in looks])) >= PATIENCE
+
+    losses = train_lm(model, blocks, tuning.steps, tuning.batch, tuning.lr, tuning.seed, stop=stop)
+    if looks:
+        model.load_state_dict(best)
+    step = min(looks, key=lambda look: look[1])[0] if looks else len(losses)
+    if step == 0:
+        log.warning("loss_reduction: the target got no easier by fine-tuning: every score will be 0")
+    save_lm(model, backend, directory)
+    facts = {
+        "texts": len(texts) - tuning.held_out,
+        "tokens": blocks.size,
+        "held_out_texts": tuning.held_out,
+        "held_out_losses": [[step, round(loss, 4)] for step, loss in looks],
+        "losses": [round(float(x), 4) for x in losses],
+        "step": step,
+    }
+    (directory / FACTS).write_text(json.dumps(facts, indent=2))
+
+
+def _open(shrink: float) -> Transform:
+    def score(batch: pa.RecordBatch) -> pa.RecordBatch:
+        before, tokens = row_losses(batch.column(0))
+        after, _ = row_losses(batch.column(1))
+        values = reduction(before, after, tokens, shrink)
+        return pa.record_batch([values, before, after, tokens], names=FIELDS.names).cast(FIELDS)
+
+    return score
+
+
+def reduction(prior: np.ndarray, conditional: np.ndarray, tokens: np.ndarray, shrink: float = 0) -> np.ndarray:
+    """Score of n rows from their losses in nats a token; see the module."""
+    return np.asarray((prior - conditional) * (tokens / (tokens + shrink)))
