@@ -21,8 +21,8 @@ a word holds its accents and vowel signs, as Hindi needs."""
 def hashed_words(texts: pa.Array, buckets: int, max_chars: int, pattern: str = WORD) -> tuple[np.ndarray, np.ndarray]:
     """Lower-cased words of n texts, of their first `max_chars` characters, hashed to [0, buckets).
 
-    `pattern`: what a word is. Returns the words of all texts end to end (int32), and n + 1 offsets (int64) between which
-    each text's lie.
+    `pattern`: what a word is. Returns the words of all texts end to end (int32), and n + 1 offsets (int64) between
+    which each text's lie.
     """
     import polars as pl
 
