@@ -22,7 +22,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,7 @@ from pipeline.corpus.shards import MIB, Shard, default_shard_bytes, plan_shards
 from pipeline.corpus.storage import Store
 from pipeline.corpus.text import is_text
 from pipeline.engine.aggregate import FAN_IN, MANY_SHARDS, FoldTask, MergeTask, load_state, state_name
+from pipeline.engine.components import PAIR_BYTES, check_keys, connect_components
 from pipeline.engine.materialize import Filling, MaterializeTask, Plan, stored_fields
 from pipeline.engine.parts import part_name, survey
 from pipeline.engine.pool import InlinePool, Outcome, Pool, Task
@@ -270,12 +271,21 @@ class Run:
     def materialize(self, columns: Sequence[Column]) -> None:
         """Compute what is missing or stale of some columns; those that need the same actor share one read.
 
-        A column may read those before it. Raises TooManyBadRows, NoShardLeft, DiskFull.
+        A column may read those before it, whatever actors they need. Raises TooManyBadRows, NoShardLeft, DiskFull.
         """
         plans = [self.plan(c) for c in columns]
         shapes = [self._resources(p.column.resources) for p in plans]
-        for shape in dict.fromkeys(shapes):
-            self._materialize([p for p, s in zip(plans, shapes, strict=True) if s == shape], shape)
+        passes: list[tuple[Resources, list[Plan]]] = []
+        filled_by: dict[str, int] = {}
+        for plan, shape in zip(plans, shapes, strict=True):
+            earliest = max((filled_by.get(r.partition(".")[0], 0) for r in plan.column.inputs), default=0)
+            at = next((i for i in range(earliest, len(passes)) if passes[i][0] == shape), len(passes))
+            if at == len(passes):
+                passes.append((shape, []))
+            passes[at][1].append(plan)
+            filled_by[plan.column.name] = at
+        for shape, members in passes:
+            self._materialize(members, shape)
 
     def _materialize(self, plans: list[Plan], resources: Resources) -> None:
         todo: dict[int, list[str]] = {}
@@ -386,22 +396,43 @@ class Run:
         return are null.
         """
         check_key(key, self._type(key))
+        row_bytes = 12 + sum(_bits(self._type(r)) for r in {*column.inputs, key}) // 8
+
+        def rounds(job: Regroup, plan: Plan, stale: set[int], light: bool) -> None:
+            split = [job.blocks[i] for i in job.unfinished("split", len(job.blocks))]
+            self._all(f"{column.name} split", SplitTask(self.layout, job), split, light)
+            gather = job.unfinished("gather", job.partitions)
+            self._all(f"{column.name} gather", GatherTask(job, reduce), gather, light)
+            scatter = [b for b in job.blocks if any(s.index in stale for s in b[1])]
+            self._all(f"{column.name} scatter", ScatterTask(job, plan), scatter, light)
+
+        self._together(column, key, row_bytes, rounds)
+
+    def connect_rows(self, column: Column, keys: str) -> None:
+        """Fill a column of one int64 field with the connected component of every row; see `pipeline.engine.components`.
+
+        Rows that share one of their `keys`, a reference to fixed-size lists of integers, are connected. Raises
+        TamisError for keys of another type.
+        """
+        check_keys(keys, kind := self._type(keys))
+
+        def rounds(job: Regroup, plan: Plan, stale: set[int], light: bool) -> None:
+            connect_components(partial(self._all, light=light), self.layout, job, plan)
+
+        self._together(column, keys, kind.list_size * PAIR_BYTES, rounds)
+
+    def _together(
+        self, column: Column, key: str, row_bytes: int, rounds: Callable[[Regroup, Plan, set[int], bool], None]
+    ) -> None:
+        """Fill a column whose values depend on all rows: `rounds` writes its parts where one is stale."""
         everything = fingerprint(self.plan(column).fingerprint, self._reference(key), self._live_fingerprint())
         plan = self.plans[column.name] = Plan(column, everything)
         stale = set(self._survey(plan)[0])
         if stale:
-            sources = {r.partition(".")[0] for r in (*column.inputs, key)}
-            size = sum(sum(self.store.files("columns", source).values()) for source in sources)
-            partitions = max(1, -(-size // PARTITION_BYTES))
-            blocks = blocks_of(self.live)
-            job = Regroup(self.store, column.name, column.inputs, key, reduce, partitions, blocks, everything)
-            light = self._is_light((*column.inputs, key))
-            split = [blocks[i] for i in job.unfinished("split", len(blocks))]
-            self._all(f"{column.name} split", SplitTask(self.layout, job), split, light)
-            gather = job.unfinished("gather", partitions)
-            self._all(f"{column.name} gather", GatherTask(job), gather, light)
-            scatter = [b for b in blocks if any(s.index in stale for s in b[1])]
-            self._all(f"{column.name} scatter", ScatterTask(job, plan), scatter, light)
+            partitions = max(1, -(-sum(s.rows for s in self.live) * row_bytes // PARTITION_BYTES))
+            blocks = blocks_of(self.live, row_bytes)
+            job = Regroup(self.store, column.name, column.inputs, key, partitions, blocks, everything)
+            rounds(job, plan, stale, self._is_light((*column.inputs, key)))
             self.store.remove("scratch", "regroup", column.name)
         self._note_column(plan, len(stale), 0)
         self.save()
@@ -412,7 +443,7 @@ class Run:
         if source is not None:
             return self.schema.field(source).type
         column, _, name = reference.partition(".")
-        return self.plans[column].column.fields.field(name).type
+        return pa.int64() if column == "address" else self.plans[column].column.fields.field(name).type
 
     def artifact(
         self, name: str, identity: str, build: Callable[[Path], None], resources: Resources | None = Resources()
@@ -472,11 +503,17 @@ class Run:
         light: bool = False,
         resources: Resources = Resources(),
         noted: bool = True,
-    ) -> None:
-        """Run units none of which may fail, because their results depend on one another."""
+    ) -> int:
+        """Run units none of which may fail, because their results depend on one another.
+
+        Returns the sum of what they count as `changed`.
+        """
+        changed = 0
         for outcome in self.map(label, task, units, resources, light, noted):
             if outcome.error:
                 raise TamisError(f"{label} failed: {outcome.error}")
+            changed += outcome.result.get("changed", 0)
+        return changed
 
     def _resources(self, wish: Resources) -> Resources:
         """What an actor reserves: what its recipe wishes, or what the configuration gives where it wishes nothing."""

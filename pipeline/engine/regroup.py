@@ -4,8 +4,10 @@ Three rounds of tasks through files in the run's scratch, each resumable: `split
 into partitions by a hash of their key, `gather` brings one partition of all shards to one worker, sorts it by key and
 applies the function, and `scatter` carries the results home. Shards go through split and scatter in blocks, so that
 there are not shards x partitions files, and a file is Arrow's own, whose n-th batch is the n-th group: a group is read
-without its neighbours. All rows of one key meet in one worker, which therefore has to hold them; thin tables only,
-never the text.
+without its neighbours, and where the run is on a local disk it is mapped, not copied. All rows of one key meet in one
+worker, which therefore has to hold them: about three times what they weigh, one of it in the page cache, and what
+`reduce` adds (bench/dedup.py). Thin tables, therefore, and never the text; the exception are the vectors of one concept
+(`pipeline.scores.semantic_duplicates`).
 """
 
 from __future__ import annotations
@@ -26,29 +28,31 @@ from pipeline.engine.parts import FINGERPRINT, part_name, write_part
 from pipeline.engine.reading import Layout, read_shard
 from pipeline.errors import TamisError
 from pipeline.hashing import KEY, mix64
+from pipeline.recipe import Transform
 
 SHARD, ROW = "address.shard", "address.row"
 PARTITION_BYTES = 128 << 20
 """Bytes of thin rows that one gather aims to hold."""
 BLOCK_ROWS = 1 << 22
+BLOCK_BYTES = 256 << 20
+"""Rows and bytes of the consecutive shards that one split or scatter holds, a single shard excepted."""
 BATCH_ROWS = 1 << 16
 
 Reduce = Callable[[pa.Table], pa.Table]
 """Rows of one partition, sorted by (key, address), to a table with `address.shard`, `address.row` and the values."""
 
 Block = tuple[int, tuple[Shard, ...]]
-"""Number and shards: consecutive ones of about four million rows together."""
+"""Number and shards: consecutive ones."""
 
 
 @dataclass(frozen=True)
 class Regroup:
-    """One regrouping: which inputs travel, by which key, through how many partitions, and what is made of them."""
+    """One regrouping: which inputs travel, by which key, and through how many partitions."""
 
     store: Store
     name: str
     inputs: tuple[str, ...]
     key: str
-    reduce: Reduce
     partitions: int
     blocks: tuple[Block, ...]
     fingerprint: str
@@ -56,16 +60,30 @@ class Regroup:
     def place(self, round_: str, number: int) -> tuple[str, ...]:
         return ("scratch", "regroup", self.name, round_, f"{number:05d}.arrow")
 
+    @property
+    def block_of(self) -> np.ndarray:
+        """Number of the block that holds a shard, by the shard's index; int64."""
+        numbers = np.zeros(1 + max(s.index for _, shards in self.blocks for s in shards), np.int64)
+        for number, shards in self.blocks:
+            numbers[[s.index for s in shards]] = number
+        return numbers
+
     def unfinished(self, round_: str, count: int) -> list[int]:
         """Which files of a round are not there, or of another time."""
         return [i for i in range(count) if read_mark(self.store, *self.place(round_, i)) != self.fingerprint]
 
 
-def blocks_of(shards: Sequence[Shard]) -> tuple[Block, ...]:
+def unopened() -> Transform:
+    """`open` of a column that is filled by regrouping."""
+    raise TamisError("the column depends on other rows: it is filled by regrouping, not row by row")
+
+
+def blocks_of(shards: Sequence[Shard], row_bytes: int) -> tuple[Block, ...]:
+    """Cut shards into blocks of at most `BLOCK_ROWS` rows or `BLOCK_BYTES`, where a row takes `row_bytes`."""
     blocks: list[list[Shard]] = []
-    rows = BLOCK_ROWS
+    most = rows = min(BLOCK_ROWS, BLOCK_BYTES // row_bytes)
     for shard in shards:
-        if rows + shard.rows > BLOCK_ROWS:
+        if rows + shard.rows > most:
             blocks.append([])
             rows = 0
         blocks[-1].append(shard)
@@ -98,6 +116,17 @@ def partition_of(keys: pa.Array, partitions: int) -> np.ndarray:
     return np.asarray(mix64(numbers) % np.uint64(partitions), np.int64)
 
 
+def read_block(layout: Layout, shards: Sequence[Shard], references: Sequence[str]) -> pa.Table:
+    """The rows of some shards that have all of some values, in one chunk."""
+    batches = []
+    for shard in shards:
+        for batch in read_shard(layout, shard, references, BATCH_ROWS):
+            usable = valid_rows(batch, references)
+            batch = batch.select(references)
+            batches.append(batch if usable is None else batch.filter(pa.array(usable)))
+    return pa.Table.from_batches(batches).combine_chunks()
+
+
 @dataclass
 class SplitTask:
     layout: Layout
@@ -106,13 +135,7 @@ class SplitTask:
     def __call__(self, block: Block, attempt: int) -> dict[str, Any]:
         number, shards = block
         references = list(dict.fromkeys([*self.job.inputs, self.job.key, SHARD, ROW]))
-        batches = []
-        for shard in shards:
-            for batch in read_shard(self.layout, shard, references, BATCH_ROWS):
-                usable = valid_rows(batch, references)
-                batch = batch.select(references)
-                batches.append(batch if usable is None else batch.filter(pa.array(usable)))
-        table = pa.Table.from_batches(batches).combine_chunks()
+        table = read_block(self.layout, shards, references)
         groups = partition_of(_single(table[self.job.key]), self.job.partitions)
         write_groups(self.job, "split", number, table, groups, self.job.partitions)
         return {"rows": table.num_rows, "bytes": table.nbytes}
@@ -121,16 +144,14 @@ class SplitTask:
 @dataclass
 class GatherTask:
     job: Regroup
+    reduce: Reduce
 
     def __call__(self, partition: int, attempt: int) -> dict[str, Any]:
         job = self.job
         table = pa.Table.from_batches([read_group(job, "split", number, partition) for number, _ in job.blocks])
         table = table.sort_by([(job.key, "ascending"), (SHARD, "ascending"), (ROW, "ascending")])
-        found = job.reduce(table).sort_by([(SHARD, "ascending"), (ROW, "ascending")])
-        block_of = np.zeros(1 + max(s.index for _, shards in job.blocks for s in shards), np.int64)
-        for number, shards in job.blocks:
-            block_of[[s.index for s in shards]] = number
-        write_groups(job, "gather", partition, found, block_of[found[SHARD].to_numpy()], len(job.blocks))
+        found = self.reduce(table).sort_by([(SHARD, "ascending"), (ROW, "ascending")])
+        write_groups(job, "gather", partition, found, job.block_of[found[SHARD].to_numpy()], len(job.blocks))
         return {"rows": table.num_rows, "bytes": table.nbytes}
 
 
@@ -172,7 +193,8 @@ def write_groups(job: Regroup, round_: str, number: int, table: pa.Table, groups
 
 
 def read_group(job: Regroup, round_: str, number: int, group: int) -> pa.RecordBatch:
-    with job.store.filesystem.open_input_file(job.store.at(*job.place(round_, number))) as source:
+    path = job.store.at(*job.place(round_, number))
+    with pa.memory_map(path) if job.store.local else job.store.filesystem.open_input_file(path) as source:
         return pa.ipc.open_file(source).get_batch(group).replace_schema_metadata(None)
 
 

@@ -19,11 +19,12 @@ from hypothesis import strategies as st
 
 from pipeline.corpus.rows import row_column
 from pipeline.engine.pool import InlinePool, Pool, RayPool
-from pipeline.engine.regroup import GatherTask, blocks_of, key_groups, partition_of
+from pipeline.engine.regroup import GatherTask, blocks_of, key_groups, partition_of, unopened
 from pipeline.errors import TamisError
 from pipeline.hashing import row_keys
 from pipeline.recipe import Column
 from pipeline.run import Run
+from pipeline.vectors import matrix
 
 FIELDS = pa.schema([("size", pa.int32()), ("tokens", pa.int64())])
 
@@ -167,6 +168,32 @@ def test_a_key_of_another_type_is_refused(write_corpus: Any, open_run: Any) -> N
         run.regroup(same(inputs=()), "corpus.id", toys.groups)
 
 
+def test_a_key_larger_than_a_partition_takes_its_vectors_along(
+    write_corpus: Any, open_run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.run.PARTITION_BYTES", 100)
+
+    def rows_of(file: int, rows: int) -> dict[str, Any]:
+        vectors = [[file, i] for i in range(rows)]
+        return {"text": ["x"] * rows, "v": pa.array(vectors, pa.list_(pa.float16(), 2)), "one": [7] * rows}
+
+    with open_run(write_corpus(rows_of=rows_of)) as run:
+        run.regroup(same(inputs=("corpus.v",)), "corpus.one", largest)
+        assert stored(run)["size"].to_list() == [60] * 60
+        assert stored(run)["tokens"].to_list() == [file * 100 + i for file in range(3) for i in range(20)]
+
+
+def largest(table: pa.Table) -> pa.Table:
+    x = matrix(table["corpus.v"].combine_chunks()) if len(table) else np.zeros((0, 2))
+    sizes = np.full(len(table), len(table))
+    return table.append_column("size", pa.array(sizes)).append_column("tokens", pa.array(x @ [100, 1]))
+
+
+def test_a_regrouped_column_is_not_opened() -> None:
+    with pytest.raises(TamisError, match="filled by regrouping"):
+        unopened()
+
+
 @given(st.lists(st.integers(0, 5), max_size=30))
 def test_runs_of_equal_keys(values: list[int]) -> None:
     table = pa.table({"k": pa.array(sorted(values), pa.int64())})
@@ -190,8 +217,16 @@ def test_partitions_are_even() -> None:
 
 def test_blocks_hold_consecutive_shards(write_corpus: Any, open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_run(write_corpus(files=5, rows=10, groups=1)) as run:
-        for rows, held in ((25, [2, 2, 1]), (10, [1] * 5), (1, [1] * 5), (1000, [5])):
+        for rows, row_bytes, held in (
+            (25, 1, [2, 2, 1]),
+            (10, 1, [1] * 5),
+            (1, 1, [1] * 5),
+            (1000, 1, [5]),
+            (1000, 40, [2, 2, 1]),
+            (1000, 9999, [1] * 5),
+        ):
             monkeypatch.setattr("pipeline.engine.regroup.BLOCK_ROWS", rows)
-            blocks = blocks_of(run.live)
+            monkeypatch.setattr("pipeline.engine.regroup.BLOCK_BYTES", 1000)
+            blocks = blocks_of(run.live, row_bytes)
             assert [len(shards) for _, shards in blocks] == held
             assert [s.index for _, shards in blocks for s in shards] == list(range(5))

@@ -1,0 +1,1 @@
+"""Comparisons: matched arms, trained and measured the same way."""
