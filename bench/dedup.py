@@ -6,9 +6,9 @@ usage: python bench/dedup.py job PEER_PYTHON [--corpus DIR] [--rounds R] [--work
        python bench/dedup.py memory [--rows N] [--dims D]
 
 `job`: read Parquet, drop all but one of every group (14 x 8, 5-grams), write Parquet; whole processes, start-up
-included, in turns, the best and all rounds. PEER_PYTHON is the interpreter of an environment with `daft[ray]`, whose
-side groups by one union-find over Python integers, as its users do; it runs in one process (`daft`) and on Ray as
-Tamis does (`daft_on_ray`). How long Ray takes to start is most of what a small corpus takes.
+included, in turns, the best and all rounds: Tamis on Ray and in one process on one core (`tamis_inline`), daft in one
+process on all cores and on Ray (`daft_on_ray`), grouped by one union-find over Python integers, as its users do.
+PEER_PYTHON is the interpreter of an environment with `daft[ray]`. Starting Ray is most of what a small corpus takes.
 `pairs`: the candidates among the first N documents beside all pairs by exact Jaccard of their 5-grams: as many as the
 S-curve says? The mean of 128 seeds and its standard error, because pages of one template are found or missed together.
 `products`: `max_products` over N vectors of one concept beside a matrix product of the same blocks, on one core.
@@ -32,6 +32,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 BANDS, ROWS, NGRAM = 14, 8, 5
 SEEDS = range(1, 129)
+PAIRS = (("daft", "tamis_inline"), ("daft", "tamis"), ("daft_on_ray", "tamis"))
 
 
 def daft_side(corpus: str, out: str) -> None:
@@ -42,7 +43,7 @@ def daft_side(corpus: str, out: str) -> None:
     if os.environ["DAFT_RUNNER"] == "ray":
         import ray
 
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
 
     rows = daft.read_parquet(f"{corpus}/*.parquet").select("id", "text")
     text = col("text").normalize(remove_punct=True, lowercase=True)
@@ -75,9 +76,9 @@ def tamis_side(corpus: str, out: str, workers: str) -> None:
             "corpus": {"path": corpus, "id": "id"},
             "scores": ["fuzzy_duplicates"],
             "select": {"floors": {"fuzzy_duplicates": 0}, "budget": {"fraction": 1.0}},
-            "output": {"scores": False},
+            "output": {"scores": False, "file_mb": 16},  # small files, so that all workers write
             "handoff": {"calibration_rows": 0, "recovery_tokens": 0},
-            "engine": {"workers": int(workers)},
+            "engine": {"address": "inline"} if workers == "inline" else {"workers": int(workers)},
             "run": f"{out}/run",
         },
         quiet=True,
@@ -90,16 +91,17 @@ def tamis_side(corpus: str, out: str, workers: str) -> None:
 def job(options: argparse.Namespace) -> None:
     sides = {
         "tamis": [sys.executable, __file__, "side", "tamis", options.corpus],
+        "tamis_inline": [sys.executable, __file__, "side", "tamis", options.corpus],
         "daft": [options.peer, __file__, "side", "daft", options.corpus],
         "daft_on_ray": [options.peer, __file__, "side", "daft", options.corpus],
     }
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DO_NOT_TRACK": "true", "DAFT_ANALYTICS_ENABLED": "0"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DO_NOT_TRACK": "true", "RAY_ADDRESS": "local"}
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for _ in range(options.rounds):
         for side, command in sides.items():
             with tempfile.TemporaryDirectory() as out:
                 before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-                extra = [str(options.workers)] if side == "tamis" else []
+                extra = {"tamis": [str(options.workers)], "tamis_inline": ["inline"]}.get(side, [])
                 runner = {"DAFT_RUNNER": "ray" if side == "daft_on_ray" else "native"}
                 done = subprocess.run([*command, out, *extra], env=environment | runner, stdout=-1, check=True)
                 seconds = time.perf_counter() - started
@@ -112,9 +114,8 @@ def job(options: argparse.Namespace) -> None:
     print(
         json.dumps({"all": {side: [r["seconds"] for r in rounds[side]] for side in sides}, **best["tamis"]["passes"]})
     )
-    for side in ("daft", "daft_on_ray"):
-        print(f"{side} / tamis: {best[side]['seconds'] / best['tamis']['seconds']:.2f}")
-    print(f"load {os.getloadavg()}")
+    ratio = {f"{a} / {b}": round(best[a]["seconds"] / best[b]["seconds"], 2) for a, b in PAIRS}
+    print(json.dumps(ratio | {"load": os.getloadavg()}))
 
 
 def pairs(options: argparse.Namespace) -> None:

@@ -28,8 +28,8 @@ from pipeline.textrules.docs import Docs
 from pipeline.words import SPACELESS
 
 SEPARATOR, DROPPED, DIGIT = 0, 1, ord("0")
-ALONE = 1 << 31
-"""Bit of a character that is a word of its own."""
+ALONE, START = 1 << 31, 1 << 7
+"""Bits of a character that is a word of its own, and of the first character of a word."""
 CHUNK = 1 << 20
 """Digests that are Python integers at one time, between rensa and NumPy."""
 _BASE = np.uint64(0x9E3779B97F4A7C15)
@@ -37,7 +37,8 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 @cache
 def fold_table() -> np.ndarray:
-    """What every code point becomes; shape (0x110000,), uint32. Built once a process (0.1 s)."""
+    """What every code point becomes, itself or another: SEPARATOR, DROPPED, ASCII, or 256 times a code point, so that the
+    bit START is free; shape (0x110000,), uint32. Built once a process (0.1 s)."""
     table = np.full(0x110000, SEPARATOR, np.uint32)
     for point in range(0x20000):
         character = chr(point)
@@ -58,7 +59,8 @@ def fold_table() -> np.ndarray:
     spaceless = re.compile(f"[{SPACELESS}]+").finditer("".join(map(chr, range(0x40000))))
     for run in spaceless:
         here = table[run.start() : run.end()]
-        here[here > DROPPED] |= np.uint32(ALONE)
+        here[here > DROPPED] |= np.uint32(ALONE >> 8)
+    table[table > 127] <<= np.uint32(8)
     return table
 
 
@@ -80,45 +82,31 @@ def shingles(texts: pa.Array, n: int) -> tuple[np.ndarray, np.ndarray]:
     ends = np.cumsum(pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(np.int64) + 1) - 1
     raw = Docs(chars, np.append(0, ends[:-1] + 1), ends, np.zeros(len(ends), bool))
 
-    kept = folded != DROPPED
-    digit = folded == DIGIT
-    kept[1:] &= ~(digit[1:] & digit[:-1])
-    removed = np.flatnonzero(~kept)
-    starts, ends = (at - np.searchsorted(removed, at) for at in (raw.starts, raw.ends))
-    docs = Docs(np.compress(kept, folded), starts, ends, raw.unspaced)
+    dropped = np.flatnonzero(folded == DROPPED)
+    bounds = raw.starts - np.searchsorted(dropped, raw.starts)
+    if len(dropped):
+        folded = np.compress(folded != DROPPED, folded)
+    word, digit = folded != SEPARATOR, folded == DIGIT
+    begins = word.copy()
+    begins[1:] &= ~word[:-1]
+    if folded.dtype != np.uint8:
+        alone = folded >= ALONE
+        begins[1:] |= word[1:] & (alone[1:] | alone[:-1])
+    first = np.append(np.searchsorted(np.flatnonzero(begins), bounds), np.count_nonzero(begins))
 
-    word = docs.chars != SEPARATOR
-    alone = docs.chars >= ALONE
-    cut = np.ones(len(word) + 1, bool)  # between a character and the one before it
-    cut[1:-1] = (word[1:] != word[:-1]) | alone[1:] | alone[:-1]
-    begins = np.flatnonzero(cut[:-1] & word)
-    stops = np.flatnonzero(cut[1:] & word) + 1
-    digests = docs.digests(begins, stops)
-    first = np.append(np.searchsorted(begins, docs.starts), len(begins))
-    words = np.diff(first)
+    # The words of all texts without anything between them: their first characters tell where they begin.
+    word[1:] &= ~(digit[1:] & digit[:-1])
+    marked = folded + begins * folded.dtype.type(START)
+    start = np.append(np.flatnonzero(np.compress(word, begins)), np.count_nonzero(word))
+    words = Docs(np.compress(word, marked), start[:0], start[:0], raw.unspaced[:0])
 
-    grams = np.maximum(words - n + 1, 0)
-    offsets = np.concatenate([[0], np.cumsum(np.maximum(grams, 1))])
-    hashes = np.empty(offsets[-1], np.uint64)
-    if len(digests) >= n:
-        rolled = digests[: len(digests) - n + 1].copy()
-        for i in range(1, n):
-            rolled *= _BASE
-            rolled += digests[i : len(digests) - n + 1 + i]
-        owner = np.repeat(np.arange(len(docs)), words)[: len(rolled)]
-        whole = np.arange(len(rolled)) < (first[:-1] + grams)[owner]
-        hashes[np.repeat(grams > 0, np.maximum(grams, 1))] = np.compress(whole, rolled)
-    short = np.flatnonzero(grams == 0)
-    at = first[short, None] + np.arange(n - 1)
-    own = np.where(at < first[short + 1, None], np.append(digests, np.uint64(0)).take(at, mode="clip"), np.uint64(0))
-    bare = short[words[short] == 0]
-    few = np.zeros(len(short), np.uint64)
-    if len(bare):
-        few[words[short] == 0] = raw.digests(raw.starts[bare], raw.ends[bare])
-    for i in range(n - 1):
-        few = few * _BASE + own[:, i]
-    hashes[offsets[short]] = few
-    return mix64(hashes), offsets.astype(np.uint64)
+    grams = np.maximum(np.diff(first) - n + 1, 1)
+    offsets = np.concatenate([[0], np.cumsum(grams)])
+    gram = np.arange(offsets[-1]) + np.repeat(first[:-1] - offsets[:-1], grams)
+    hashes = words.digests(start[gram], start[np.minimum(gram + n, np.repeat(first[1:], grams))])
+    if len(none := np.flatnonzero(first[:-1] == first[1:])):
+        hashes[offsets[none]] = raw.digests(raw.starts[none], raw.ends[none])
+    return hashes, offsets.astype(np.uint64)
 
 
 def band_keys(hashes: np.ndarray, offsets: np.ndarray, bands: int, rows: int, seed: int) -> np.ndarray:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pipeline.run import Run
 
 PRESETS = {"fineweb": (14, 8), "dclm": (93, 15), "refinedweb": (450, 20)}
-PIECE_BYTES = 1 << 17
+PIECE_BYTES = 1 << 18
 """Text that is worked on at once: what it becomes stays in a core's cache, and a batch of long texts in memory."""
 
 
