@@ -37,8 +37,8 @@ _BASE = np.uint64(0x9E3779B97F4A7C15)
 
 @cache
 def fold_table() -> np.ndarray:
-    """What every code point becomes, itself or another: SEPARATOR, DROPPED, ASCII, or 256 times a code point, so that the
-    bit START is free; shape (0x110000,), uint32. Built once a process (0.1 s)."""
+    """What every code point becomes: SEPARATOR, DROPPED, an ASCII character, or 256 times another one, so that the bit
+    START is free; shape (0x110000,), uint32. Built once a process (0.1 s)."""
     table = np.full(0x110000, SEPARATOR, np.uint32)
     for point in range(0x20000):
         character = chr(point)

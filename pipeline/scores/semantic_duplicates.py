@@ -16,7 +16,7 @@ group of a duplicate is what it leads to, from nearest earlier row to nearest ea
 Trades: similarity in an embedding is not identity, boilerplate and short texts collapse, so drop exact and fuzzy
 duplicates first. Pairs across the border of a concept are missed. For text DCLM saw no gain in quality: it is hygiene.
 
-Cost: n_c**2 d FLOPs in a concept of n_c rows of d dimensions, at 0.86 of the rate of bare matrix products. A concept of
+Cost: n_c**2 d FLOPs in a concept of n_c rows of d dimensions, at 0.8 of the rate of bare matrix products. A concept of
 more than `max_rows` distinct vectors (50,000: ours) is cut by a second k-means, with a warning, and pairs across its
 parts are missed, too. Equal vectors are compared once. Memory of a worker: 2.7 times the vectors of its largest concept
 as they are stored, a third of it page cache (300,000 x 384), and two float32 blocks of 1,024 rows with their products;
