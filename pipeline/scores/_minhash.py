@@ -80,7 +80,7 @@ def shingles(texts: pa.Array, n: int) -> tuple[np.ndarray, np.ndarray]:
         chars = np.frombuffer(joined.encode("utf-32-le"), np.uint32)
         folded = fold_table().take(chars)
     ends = np.cumsum(pc.utf8_length(texts).to_numpy(zero_copy_only=False).astype(np.int64) + 1) - 1
-    raw = Docs(chars, np.append(0, ends[:-1] + 1), ends, np.zeros(len(ends), bool))
+    raw = Docs(chars, np.append(0, ends + 1)[:-1], ends, np.zeros(len(ends), bool))
 
     dropped = np.flatnonzero(folded == DROPPED)
     bounds = raw.starts - np.searchsorted(dropped, raw.starts)
