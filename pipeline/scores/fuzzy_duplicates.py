@@ -12,7 +12,8 @@ Source: Broder 1997 for MinHash; the presets are those of FineWeb (14 bands of 8
 | refinedweb | .000 | .016 | .302 | .761 | .995 | 1.000 | 1.000 |
 
 Duplicates of duplicates are one group, so a chain of pages that share ever different boilerplate can join texts that
-have nothing in common: `artifacts/<name>-groups/groups.json` names the largest groups, and one with over a hundredth
+have little in common: of 47,268 real documents, 2,278 pages made from one medical template became one group, with a
+median similarity of .57. `artifacts/<name>-groups/groups.json` names the largest groups, and one with over a hundredth
 of the rows is warned of. How texts become n-grams, and where that differs from the published code, stands in
 `pipeline.scores._minhash`. The scope is the whole corpus; FineWeb found one crawl at a time to be better for it, which
 here is a run for every crawl. Stored: 8 bytes a band and row, not the minima.
@@ -47,7 +48,7 @@ class FuzzyDuplicates(Duplicates):
     """0 for one row of every group of near-duplicates, -1 for the others."""
 
     claim = "the only row, or the chosen one, of its near-duplicates: Jaccard of word 5-grams above about .7"
-    cost = "45 MB/s of text a core at 14 x 8, and 16 bytes a band and row regrouped"
+    cost = "45 MB/s of text a core at 14 x 8 (bench/dedup.py), and 16 bytes a band and row regrouped"
     source = "Penedo et al. 2024 (FineWeb), arXiv 2406.17557; Broder 1997"
     kind: Literal["fuzzy_duplicates"] = "fuzzy_duplicates"
     preset: Literal["fineweb", "dclm", "refinedweb"] = Field("fineweb", description="bands x rows of a published set")
