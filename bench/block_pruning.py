@@ -10,13 +10,9 @@ does: its steps alone.
 
 from __future__ import annotations
 
-import argparse
-import logging
 from collections.abc import Callable
-from pathlib import Path
 
-import pyarrow.parquet as pq
-from extraction import HEAD, PAGES, measure, whole_page
+from extraction import print_table, whole_page
 
 from pipeline.corpus.readers.extract import EXTRACTORS
 from pipeline.rewrite.html_blocks import ASIDE, Block, HtmlBlocks, blocks, is_content, read
@@ -57,17 +53,7 @@ PRUNERS: dict[str, Callable[[str], str]] = {
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--pages", type=Path, default=PAGES)
-    arguments.add_argument("--rounds", type=int, default=1)
-    options = arguments.parse_args()
-    logging.disable(logging.CRITICAL)  # libraries complain of bad markup
-    pages = pq.read_table(options.pages).to_pylist()
-    print(f"{len(pages)} pages, {sum(len(p['html']) for p in pages) / 1e6:.0f} MB of HTML")
-    print("{:36}{:>10}{:>8}{:>8}{:>8}{:>9}{:>9}".format(*HEAD))
-    for name, extract in {**PRUNERS, **EXTRACTORS}.items():
-        figures = measure(extract, pages, options.rounds)
-        print("{:36}{:>10.3f}{:>8.3f}{:>8.3f}{:>8.3f}{:>9.3f}{:>9.0f}".format(name, *figures), flush=True)
+    print_table(__doc__, {**PRUNERS, **EXTRACTORS})
 
 
 if __name__ == "__main__":

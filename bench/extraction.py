@@ -104,18 +104,24 @@ def write_warc(path: Path, pages: Sequence[dict[str, Any]]) -> None:
             file.write(head.encode() + block + b"\r\n\r\n")
 
 
-def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def print_table(description: str | None, extractors: dict[str, Callable[[str], str]]) -> list[dict[str, Any]]:
+    """Read the pages that the command line names, and print a line for each way to their text; returns the pages."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--pages", type=Path, default=PAGES)
     arguments.add_argument("--rounds", type=int, default=1)
     options = arguments.parse_args()
     logging.disable(logging.CRITICAL)  # libraries complain of bad markup
-    pages = pq.read_table(options.pages).to_pylist()
+    pages: list[dict[str, Any]] = pq.read_table(options.pages).to_pylist()
     print(f"{len(pages)} pages, {sum(len(p['html']) for p in pages) / 1e6:.0f} MB of HTML")
     print("{:36}{:>10}{:>8}{:>8}{:>8}{:>9}{:>9}".format(*HEAD))
-    for name, extract in {**EXTRACTORS, **OTHERS}.items():
+    for name, extract in extractors.items():
         figures = measure(extract, pages, options.rounds)
         print("{:36}{:>10.3f}{:>8.3f}{:>8.3f}{:>8.3f}{:>9.3f}{:>9.0f}".format(name, *figures), flush=True)
+    return pages
+
+
+def main() -> None:
+    pages = print_table(__doc__, {**EXTRACTORS, **OTHERS})
     with tempfile.TemporaryDirectory() as directory:
         warc = Path(directory) / "pages.warc.gz"
         write_warc(warc, pages)

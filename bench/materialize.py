@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -126,7 +127,7 @@ def ratio(found: np.ndarray, of: int = 1, to: int = 0) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--scale", choices=SCALES, default="small")
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/bench"))
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "bench")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()

@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import shutil
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -72,7 +73,7 @@ def materialize(kind: str, corpus: Path, run: Path, shard_mb: float, pool: Pool)
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--scale", choices=SCALES, default="small")
-    parser.add_argument("--dir", type=Path, default=Path("/tmp/bench"))
+    parser.add_argument("--dir", type=Path, default=Path(tempfile.gettempdir()) / "bench")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # that is its name

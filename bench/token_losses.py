@@ -5,7 +5,8 @@ usage: python bench/token_losses.py [--corpus DIR] [--rows 600] [--model FOLDER]
 
 `column` is all that a worker does: texts to tokens, batches, logits, log-probabilities, Arrow. `forward` only calls the
 model on the padded batches, made beforehand. Both count the tokens of the texts, without padding. Without --model, a
-model of --shape with weights as they are drawn, and a tokenizer trained on the texts. Best of the rounds, in turns.
+model of --shape with weights as they are drawn, and a tokenizer trained on the texts. Medians over rounds in which they
+take turns; `cpu_ratio` compares processor seconds, which other work on the machine disturbs less.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +22,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+from materialize import rates, ratio
 
 from pipeline.engine import threads
 from pipeline.models.causal import Scorer, groups, token_batch
 from pipeline.models.training import Shape, new_lm, save_lm, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-
-
-def best(rounds: int, works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    seconds = dict.fromkeys(works, float("inf"))
-    for _ in range(rounds):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return seconds
 
 
 def measure(folder: Path, texts: pa.Array, max_tokens: int, batch_rows: int, rounds: int) -> dict[str, Any]:
@@ -56,17 +47,20 @@ def measure(folder: Path, texts: pa.Array, max_tokens: int, batch_rows: int, rou
                 block[i, : offsets[row + 1] - offsets[row]] = ids[offsets[row] : offsets[row + 1]]
             blocks.append(torch.from_numpy(block))
 
-    def column() -> None:
+    def column() -> int:
         for batch in rows:
             ids, offsets = scorer.tokenize(batch)
             token_batch(ids, offsets, scorer(ids, offsets))
+        return tokens
 
-    def forward() -> None:
+    def forward() -> int:
         with torch.inference_mode():
             for block in blocks:
-                scorer.model(input_ids=block, use_cache=False).logits  # noqa: B018
+                scorer.model(input_ids=block, use_cache=False)
+        return tokens
 
-    seconds = best(rounds, {"column": column, "forward": forward})
+    found = rates(time.perf_counter, rounds, forward, column)
+    bare, ours = np.median(found, axis=0)
     return {
         "parameters": scorer.model.num_parameters(),
         "vocabulary": scorer.model.config.vocab_size,
@@ -74,9 +68,10 @@ def measure(folder: Path, texts: pa.Array, max_tokens: int, batch_rows: int, rou
         "batches": len(blocks),
         "widths": len({block.shape[1] for block in blocks}),
         "padding": round(1 - tokens / sum(block.numel() for block in blocks), 4),
-        "tokens_a_second": round(tokens / seconds["column"]),
-        "forward_tokens_a_second": round(tokens / seconds["forward"]),
-        "ratio": round(seconds["forward"] / seconds["column"], 3),
+        "tokens_a_second": round(ours),
+        "forward_tokens_a_second": round(bare),
+        "ratio": ratio(found),
+        "cpu_ratio": ratio(rates(time.process_time, rounds, forward, column)),
     }
 
 
