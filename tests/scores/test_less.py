@@ -43,6 +43,12 @@ def test_toy_of_the_adam_direction() -> None:
     np.testing.assert_allclose(adam_direction(g, m, v).numpy(), [[0.938801, -0.953896]], atol=1e-6)
 
 
+def test_epsilon_is_inside_the_root() -> None:
+    # Outside, as torch has it, the step of so small a gradient would be 2.4.
+    step = adam_direction(torch.tensor([[1e-6]]), torch.zeros(1), torch.zeros(1))
+    assert step.item() == pytest.approx(1e-7 / np.sqrt(1e-15 + 1e-8), rel=1e-4)
+
+
 def test_the_step_is_torchs_but_for_its_bias_correction() -> None:
     weight = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=1e-3)
