@@ -19,10 +19,10 @@ asks for `accelerate`, `einops`, `einconv`, `opt-einsum` and torchvision, a `Tas
 and samples labels for the Fisher matrix, damping above 0, and passes over the corpus for covariances of d_in^2 and
 d_out^2 numbers a layer. Its scores are rows x queries: it explains single examples, it does not rank a corpus.
 
-Measured on one core (bench/gradients.py), against a loop of one row at a time with the gradients of all weights: 64 rows
-of 32 tokens, 0.23 M weights, 4.8 times as fast for the gradients themselves, 5.2 for norms, 10.8 for the head, 6.9 for
-adapters of rank 8. There the loop is mostly overhead; where matrix products are the time, FLOPs
-decide: 32 rows of 128 tokens, 0.85 M weights, 1.5, 1.4, 4.4 and 1.9.
+Measured on one core (bench/gradients.py), against a loop of one row at a time with the gradients of all weights: on 64
+rows of 32 tokens and 0.23 M weights 4.8 times as fast for the gradients themselves, 5.2 for norms, 10.8 for the head,
+6.9 for adapters of rank 8. There the loop is mostly overhead; where matrix products are the time, FLOPs decide: 1.5,
+1.4, 4.4 and 1.9 on 32 rows of 128 tokens and 0.85 M weights, beside other work.
 """
 
 from __future__ import annotations

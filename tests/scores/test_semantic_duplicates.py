@@ -337,8 +337,6 @@ def test_errors_at_the_door(fields: dict[str, Any], says: str) -> None:
 def test_a_copy_is_never_more_than_alike() -> None:
     x = np.repeat(units(np.random.default_rng(0), 400, 384), 2, axis=0)
     x32 = x.astype(np.float32) / np.linalg.norm(x.astype(np.float32), axis=1, keepdims=True)
-    assert (x32[::2] * x32[1::2]).sum(
-        axis=1
-    ).max() > 1  # float32 rounds so: an epsilon of 0 would drop them
+    assert (x32[::2] * x32[1::2]).sum(axis=1).max() > 1  # float32 rounds so: an epsilon of 0 would drop them
     m, _ = max_products(x, np.arange(len(x)))
     assert m.max() == 1
