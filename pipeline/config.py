@@ -36,6 +36,7 @@ from pipeline.scores.base import Score
 from pipeline.select.config import Select
 
 R = TypeVar("R", bound=Recipe)
+M = TypeVar("M", bound=BaseModel)
 
 
 def recipe_class(package: str, base: type[R], kind: str) -> type[R]:
@@ -193,6 +194,11 @@ class Config(Model):
 
 
 def load(path: str, overrides: list[str] | None = None, run: str | None = None) -> Config:
+    """The configuration of a sieve; see `load_as`."""
+    return load_as(Config, path, overrides, run)
+
+
+def load_as(schema: type[M], path: str, overrides: list[str] | None = None, run: str | None = None) -> M:
     """Read a YAML file, apply `a.b=c` overrides, check it whole.
 
     Raises ConfigError that lists every mistake as `file:line: key: what is wrong and what to write instead`.
@@ -207,7 +213,7 @@ def load(path: str, overrides: list[str] | None = None, run: str | None = None) 
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict) or node is None:
-        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(Config.model_fields)}")
+        raise ConfigError(f"{path} must be a mapping with the keys {', '.join(schema.model_fields)}")
     lines: dict[tuple[str, ...], int] = {}
     _collect_lines(node, (), lines, path)
     origin = {where: f"{path}:{line}" for where, line in lines.items()}
@@ -216,17 +222,25 @@ def load(path: str, overrides: list[str] | None = None, run: str | None = None) 
     if run is not None:
         data["run"] = run
     data.setdefault("run", f"runs/{Path(path).stem}")
-    return parse(data, origin, path)
+    return parse_as(schema, data, origin, path)
 
 
-def parse(
-    data: dict[str, Any], origin: dict[tuple[str, ...], str] | None = None, name: str = "configuration"
-) -> Config:
-    """Check a configuration given as plain data. Raises ConfigError, see `load`."""
+def parse(data: dict[str, Any]) -> Config:
+    """Check the configuration of a sieve given as plain data. Raises ConfigError, see `load_as`."""
+    return parse_as(Config, data)
+
+
+def parse_as(
+    schema: type[M],
+    data: dict[str, Any],
+    origin: dict[tuple[str, ...], str] | None = None,
+    name: str = "configuration",
+) -> M:
+    """Check a configuration given as plain data. Raises ConfigError, see `load_as`."""
     try:
-        return Config.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(e, origin or {}, name) for e in error.errors())) from error
+        raise ConfigError("\n".join(_explain(e, schema, origin or {}, name) for e in error.errors())) from error
 
 
 def _collect_lines(node: yaml.Node, where: tuple[str, ...], lines: dict[tuple[str, ...], int], path: str) -> None:
@@ -269,12 +283,12 @@ def _apply_override(data: dict[str, Any], override: str) -> tuple[str, ...]:
     return where
 
 
-def _explain(error: Any, origin: dict[tuple[str, ...], str], name: str) -> str:
+def _explain(error: Any, schema: type[BaseModel], origin: dict[tuple[str, ...], str], name: str) -> str:
     where = tuple(str(part) for part in error["loc"])
     known = next((origin[where[:n]] for n in range(len(where), -1, -1) if where[:n] in origin), name)
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
-        siblings = _keys_at(where[:-1])
+        siblings = _keys_at(schema, where[:-1])
         message = f"unknown key{_hint(where[-1], siblings)}" + (
             f"; the keys here are {', '.join(siblings)}" if siblings else ""
         )
@@ -285,9 +299,9 @@ def _explain(error: Any, origin: dict[tuple[str, ...], str], name: str) -> str:
     return f"{known}: {'.'.join(where) or 'configuration'}: {message}"
 
 
-def _keys_at(where: tuple[str, ...]) -> list[str]:
+def _keys_at(schema: type[BaseModel], where: tuple[str, ...]) -> list[str]:
     """Keys that the model at a location knows; empty where the location is inside a recipe of unknown kind."""
-    model: Any = Config
+    model: Any = schema
     for part in where:
         if not (inspect.isclass(model) and issubclass(model, BaseModel)) or part not in model.model_fields:
             return []

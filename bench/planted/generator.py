@@ -74,7 +74,7 @@ SHARES = {
 }
 FLIPPED = 0.08
 REAL = 500
-TARGETS, SEEDS = 60, 300
+TARGETS, SEEDS, MIXED = 60, 300, 200
 GROUP_ROWS = 500
 SCHEMA = pa.schema(
     [
@@ -230,6 +230,39 @@ def rows_of(rng: np.random.Generator, language: Language, rows: int) -> list[Row
     return found
 
 
+FORMS = {"lines": "{}\n", "pages": "<p>{}</p>\n", "code": "def {0}():\n    return '{1}'\n\n\n"}
+HEADS = {"lines": "", "pages": "<html><body>\n", "code": "'''{}'''\n\n\n"}
+MENU = ("Home", "About us", "Contact", "Login", "Sitemap", "Register", "Cart (0)", "Search", "Help", "Imprint")
+
+
+def mixed(rng: np.random.Generator, language: Language, form: str) -> tuple[str, list[dict[str, int]]]:
+    """A text of one concept with as many foreign pieces in it, and where those stand: characters from start to end.
+
+    Pieces are sentences on lines of their own, paragraphs of a page, or functions below a docstring; foreign ones are
+    menus, lists of links, and functions that speak of another concept.
+    """
+    concept, other = (int(c) for c in rng.choice(np.arange(1, CONCEPTS), 2, replace=False))
+    own = language.sentences(rng, concept, 0.0)
+    text, planted = HEADS[form].format(" ".join(w for s in own[:2] for w in s)), []
+    for at in rng.permutation(2 * len(own)).tolist():
+        foreign = at >= len(own)
+        words = language.sentences(rng, other, 0.0)[0] if foreign else own[at]
+        items = [str(item) for item in rng.choice(MENU, 5, replace=False)]
+        if form == "code":
+            piece = FORMS[form].format("_".join(words[:2]), " ".join(words))
+        elif not foreign:
+            piece = FORMS[form].format(
+                written([words, *([language.sentences(rng, concept, 0.0)[0]] * (form == "pages"))])
+            )
+        elif form == "lines":
+            piece = " | ".join(items) + "\n"
+        else:
+            piece = "<ul>{}</ul>\n".format("".join(f"<li><a href='/{i}'>{i}</a></li>" for i in items))
+        planted += [{"start": len(text), "end": len(text) + len(piece)}] * foreign
+        text += piece
+    return text, planted
+
+
 def real_rows(folder: str, damaged: bool, most: int) -> list[str]:
     """English Wikipedia passages of examples/, as they are or damaged, in their order."""
     table = ds.dataset(ROOT / "examples" / folder).to_table(columns=["text", "source", "lang", "planted"])
@@ -248,6 +281,7 @@ def generate(directory: Path, rows: int = 2400, seed: int = 0) -> Path:
     `target.parquet`, `target_more.parquet`: 60 texts of the target domain each. None of these texts is in the corpus.
     `good.parquet`, `bad.parquet`: texts as they should be, made-up and real, and damaged ones; `good_more.parquet`: 120
     others as they should be. `graded.parquet`: good and bad, with `label` 1 and 0.
+    `lines.parquet`, `pages.parquet`, `code.parquet`: 200 texts with foreign pieces, their spans `planted`; see `mixed`.
     `words.parquet`: every made-up word and its concept.
     """
     rng = np.random.default_rng(seed)
@@ -293,6 +327,10 @@ def generate(directory: Path, rows: int = 2400, seed: int = 0) -> Path:
     bad = [damaged(rng, kinds[i % 4], some()) for i in range(SEEDS)] + real_rows("seeds/bad.parquet", True, SEEDS)
     save("good", good)
     save("bad", bad)
+    for form in FORMS:  # with their own generator: what is above stays what it was
+        made = [mixed(np.random.default_rng([seed, i]), language, form) for i in range(MIXED)]
+        table = pa.table({"text": [text for text, _ in made], "planted": [spans for _, spans in made]})
+        pq.write_table(table, directory / f"{form}.parquet")
     words = {word: c for c, known in enumerate(language.words) for word in known}
     pq.write_table(pa.table({"word": list(words), "concept": list(words.values())}), directory / "words.parquet")
     save("graded", good + bad, label=[1] * len(good) + [0] * len(bad))

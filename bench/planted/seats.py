@@ -191,6 +191,7 @@ SEATS: tuple[Seat, ...] = (
     Seat("grand", ("flipped",), {"label": "label"}, VECTORS),
     Seat("dsir", ("target",), {"targets": "@target", "min_tokens": 1}),
     Seat("betr", ("target",), {"targets": "@target", "fasttext": SMALL_CLASSIFIER}, VECTORS),
+    Seat("betr_sample", ("target",), {"targets": "@target", "fasttext": SMALL_CLASSIFIER, "embed": LSA}),
     Seat("similarity", ("target",), {"targets": "@target"}, VECTORS),
     Seat("regression", ("damaged",), {"examples": "@graded"}, VECTORS),
     Seat("exact_duplicates", ("exact",)),
@@ -221,9 +222,37 @@ SEATS: tuple[Seat, ...] = (
 )
 
 
+REWRITES: tuple[tuple[str, str, Mapping[str, Any]], ...] = (
+    ("sentences, rules of C4", "lines", {"kind": "sentences", "unit": "line", "rules": ["c4"]}),
+    ("sentences, rules of RefinedWeb", "lines", {"kind": "sentences", "unit": "line", "rules": ["refinedweb"]}),
+    ("sentences, quality", "lines", {"kind": "sentences", "unit": "line", "score": {"kind": "quality", **SEEDED}}),
+    ("html_blocks", "pages", {"kind": "html_blocks"}),
+    ("functions", "code", {"kind": "functions"}),
+)
+"""A rewrite, the texts that it is tried on (`generator.mixed`), and how it is configured."""
+
+
 def missing() -> list[str]:
-    """Kinds of `pipeline.scores` that have no seat."""
-    return sorted(set(kinds("pipeline.scores")) - {s.kind for s in SEATS})
+    """Kinds of `pipeline.scores` and `pipeline.rewrite` that have no seat."""
+    rewrites = set(kinds("pipeline.rewrite")) - {r["kind"] for _, _, r in REWRITES}
+    return sorted((set(kinds("pipeline.scores")) - {s.kind for s in SEATS}) | rewrites)
+
+
+def characters(texts: pa.Table, rows: pa.Table) -> tuple[float, float]:
+    """Shares of the planted letters and digits that are gone, and of the others that are left. `texts`: text and
+    `planted`; `rows`: curated rows with `source`, the text as it was, and `tamis.kept`."""
+    planted = {row["text"]: row["planted"] for row in texts.to_pylist()}
+    total, left = np.zeros(2), np.zeros(2)
+    for row in rows.to_pylist():
+        foreign, kept = (np.zeros(len(row["source"]), bool) for _ in range(2))
+        for mask, spans in ((foreign, planted[row["source"]]), (kept, row["tamis"]["kept"])):
+            for span in spans:
+                mask[span["start"] : span["end"]] = True
+        for i, mask in enumerate((foreign, ~foreign)):
+            mask &= np.array([c.isalnum() for c in row["source"]])  # markup and white space are nobody's
+            total[i] += mask.sum()
+            left[i] += (mask & kept).sum()
+    return float(1 - left[0] / total[0]), float(left[1] / total[1])
 
 
 def resolved(value: Any, places: Mapping[str, str]) -> Any:

@@ -53,7 +53,7 @@ def existing(path: str, *needed: str) -> Path:
 
 def fetched(run: Run, model: str, name: str = "encoder") -> Artifact:
     """Artifact of a name: the files of a model of the hub."""
-    return run.artifact(name, fingerprint("hub", model), partial(_fetch, model))
+    return run.artifact(name, fingerprint("hub", model), partial(fetch, model))
 
 
 def source_of(run: Run, model: str, name: str) -> Artifact | Path:
@@ -61,7 +61,8 @@ def source_of(run: Run, model: str, name: str) -> Artifact | Path:
     return fetched(run, model, name) if is_hub(model) else Path(model).expanduser().absolute()
 
 
-def _fetch(model: str, directory: Path) -> None:
+def fetch(model: str, directory: Path) -> None:
+    """The files of a model of the hub (`hf://org/name`) into a directory. Raises TamisError where it cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

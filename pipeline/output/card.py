@@ -35,6 +35,7 @@ def write_card(
     }
     reasons = "\n".join(f"| {reason} | {count:,} |" for reason, count in selection.reasons.items())
     failed = "".join(f"- `{f['file']}`: {f['reason']}\n" for f in run.failures) or "Nothing: every file was read.\n"
+    caveats = "".join(f"- {caveat}\n" for score in run.config.scores for caveat in score.caveats(run))
     text = f"""---
 {yaml.safe_dump(front, sort_keys=False)}---
 
@@ -42,7 +43,7 @@ def write_card(
 
 {selection.rows:,} of {run.rows:,} rows, {selection.tokens:,} tokens ({run.tokens_named}), {selection.bytes:,} bytes of
 text, in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the source's schema and order.
-{_rewritten(rewritten)}
+{_rewritten(rewritten)}{_beware(caveats)}
 ## What became of every row
 
 | reason | rows |
@@ -70,6 +71,10 @@ def _rewritten(totals: dict[str, int] | None) -> str:
 These totals are of the original rows, by which they were selected. `output.rewrite` then went over {totals["rows"]:,}
 of them and shortened {totals["shortened"]:,}; it left {totals["tokens"]:,} tokens, {totals["bytes"]:,} bytes of text.
 """
+
+
+def _beware(caveats: str) -> str:
+    return f"\n## Beware\n\n{caveats}" if caveats else ""
 
 
 def _glob(run: Store, directory: Store, files: list[dict[str, Any]]) -> str:

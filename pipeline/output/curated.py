@@ -67,6 +67,7 @@ def score_annotations(run: Run) -> tuple[Annotation, ...]:
     if "concept" in run.plans:
         found.append(Annotation("concept", "concept", "concept"))
     found += [Annotation(s.column_name, s.column_name, "score") for s in run.config.scores]
+    found += [Annotation(name, s.column_name, field) for s in run.config.scores for name, field in s.along.items()]
     if run.config.output.rewrite:
         found += [Annotation(name, REWRITE, name) for name in ("kept", "removed", "kept_fraction")]
     return tuple(found)

@@ -7,8 +7,7 @@ neutralised (`format.visible`) and escaped (`html.el`). What it costs, and what 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from importlib.resources import files
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ from pipeline.report.charts import concept_scatter, histogram
 from pipeline.report.counts import level_values
 from pipeline.report.facts import CONCEPTS_LISTED, Facts, Sampled, gather
 from pipeline.report.format import count, duration, explain, number, plural, share, short, size, trouble, visible
-from pipeline.report.html import Child, Html, el
+from pipeline.report.html import Html, el
+from pipeline.report.parts import document, note, section, table, tile
 from pipeline.report.stored import quarantined
 from pipeline.run import Run
 from pipeline.select.stage import Selection
@@ -29,39 +29,25 @@ from pipeline.select.stage import Selection
 SOURCES_SHOWN, CONCEPTS_DRAWN = 25, 500
 REASONS_SHOWN, FAILURES_SHOWN, QUARANTINE_SHOWN = 40, 100, 20
 TEXT_CHARACTERS, EXAMPLE_CHARACTERS, PATH_CHARACTERS = 600, 120, 200
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def write_report(run: Run, selection: Selection, curated_files: Sequence[dict[str, Any]]) -> str:
     """Write the page of a finished selection; returns where it is."""
     facts = gather(run, selection, curated_files)
     sections = [
-        _section("funnel", "From corpus to curated set", *funnel(facts)),
-        _section("reasons", "What became of every row", *reasons(facts)),
-        _section("scores", "Scores", *scores(facts)),
-        facts.sources is not None and _section("sources", "By source", *sources(facts)),
-        facts.concepts is not None and _section("concepts", "By concept", *concepts(facts, facts.concepts)),
-        _section("rows", "Rows", *rows(facts)),
-        _section("time", "Time", *timings(facts)),
-        _section("missing", "What is missing", *missing(facts)),
-        _section("configuration", "Configuration", *configuration(facts)),
+        section("funnel", "From corpus to curated set", *funnel(facts)),
+        section("reasons", "What became of every row", *reasons(facts)),
+        section("scores", "Scores", *scores(facts)),
+        facts.sources is not None and section("sources", "By source", *sources(facts)),
+        facts.concepts is not None and section("concepts", "By concept", *concepts(facts, facts.concepts)),
+        section("rows", "Rows", *rows(facts)),
+        section("time", "Time", *timings(facts)),
+        section("missing", "What is missing", *missing(facts)),
+        section("configuration", "Configuration", *configuration(facts)),
     ]
     page = document(f"{_name(run)}: Tamis", [header(facts), *sections])
     run.store.write(page.encode(), "report", "index.html")
     return run.store.locate("report", "index.html")
-
-
-def document(title: str, body: Iterable[Child]) -> str:
-    style = files("pipeline.report").joinpath("page.css").read_text(encoding="utf-8")
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("title", title),
-        el("style", Html(style)),
-    )
-    return f"<!doctype html>\n{el('html', head, el('body', body), lang='en')}\n"
 
 
 # ---- sections
@@ -71,10 +57,10 @@ def header(facts: Facts) -> Html:
     run, chosen = facts.run, facts.selection
     usable, kept = facts.usable, facts.kept
     tiles = [
-        _tile("rows kept", short(kept[0]), f"{share(kept[0], run.rows)} of {count(run.rows)}", main=True),
-        _tile(f"tokens ({run.tokens_named})", short(kept[1]), f"{share(kept[1], usable[1])} of {short(usable[1])}"),
-        _tile("bytes of text", size(kept[2]), f"{share(kept[2], usable[2])} of {size(usable[2])}"),
-        _tile("budget used", share(chosen.kept, chosen.budget), f"of {count(chosen.budget)} {chosen.unit}"),
+        tile("rows kept", short(kept[0]), f"{share(kept[0], run.rows)} of {count(run.rows)}", main=True),
+        tile(f"tokens ({run.tokens_named})", short(kept[1]), f"{share(kept[1], usable[1])} of {short(usable[1])}"),
+        tile("bytes of text", size(kept[2]), f"{share(kept[2], usable[2])} of {size(usable[2])}"),
+        tile("budget used", share(chosen.kept, chosen.budget), f"of {count(chosen.budget)} {chosen.unit}"),
     ]
     where = _path(str(run.manifest.get("curated", {}).get("path", run.store.locate("curated"))))
     when = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
@@ -86,7 +72,7 @@ def header(facts: Facts) -> Html:
         el("h1", _name(run)),
         el("p", about, class_="soft"),
         el("div", tiles, class_="tiles"),
-        [_note(f"{note[:1].upper()}{note[1:]}.") for note in [*chosen.notes, *_spread(run)]],
+        [note(f"{told[:1].upper()}{told[1:]}.") for told in [*chosen.notes, *_spread(run), *_caveats(run)]],
         el("nav", [el("a", a.capitalize(), href=f"#{a}") for a in anchors if not absent.get(a)]),
     )
 
@@ -98,6 +84,10 @@ def _spread(run: Run) -> list[str]:
     whole = measure(run).whole
     ranks = [whole[f"erank{which}"] for which in ("_kept", "", "_drawn")]
     return ["the kept vectors have an effective rank of {:.1f}, all have {:.1f}, as many drawn {:.1f}".format(*ranks)]
+
+
+def _caveats(run: Run) -> list[str]:
+    return [caveat.rstrip(".") for score in run.config.scores for caveat in score.caveats(run)]
 
 
 def funnel(facts: Facts) -> list[Html]:
@@ -120,7 +110,7 @@ def funnel(facts: Facts) -> list[Html]:
         ]
         for name, there, amount in stages
     ]
-    return [_table(["", "", "rows", "share", f"tokens ({run.tokens_named})", "text"], lines, "lbnnnn")]
+    return [table(["", "", "rows", "share", f"tokens ({run.tokens_named})", "text"], lines, "lbnnnn")]
 
 
 def reasons(facts: Facts) -> list[Html]:
@@ -141,9 +131,9 @@ def reasons(facts: Facts) -> list[Html]:
         ]
         for reason, there, why, t in listed[:REASONS_SHOWN]
     ]
-    shown = _table(["reason", "", "", "rows", "share", "tokens"], lines, "ltbnnn")
+    shown = table(["reason", "", "", "rows", "share", "tokens"], lines, "ltbnnn")
     rest = len(listed) - REASONS_SHOWN
-    return [shown, *([_note(f"{count(rest)} more in artifacts/selection/selection.json.")] if rest > 0 else [])]
+    return [shown, *([note(f"{count(rest)} more in artifacts/selection/selection.json.")] if rest > 0 else [])]
 
 
 def scores(facts: Facts) -> list[Html]:
@@ -160,11 +150,11 @@ def scores(facts: Facts) -> list[Html]:
             lines.append(("lowest score kept", chosen.threshold))
         if shown and (shown.below or shown.above):
             told.append("the end bars hold the rows beyond them")
-        chart = histogram(shown, lines) if shown else _note("No row has a finite score.")
+        chart = histogram(shown, lines) if shown else note("No row has a finite score.")
         cards.append(el("div", el("h3", name), el("p", "; ".join(told)), chart, class_="card"))
     legend = [_key("all"), "usable rows", _key("kept"), "kept", _key("mark"), "floor, lowest score kept"]
     return [
-        _note(*legend, ". The stronger the strip below, the more of a bin is kept."),
+        note(*legend, ". The stronger the strip below, the more of a bin is kept."),
         el("div", cards, class_="charts"),
     ]
 
@@ -185,10 +175,10 @@ def sources(facts: Facts) -> list[Html]:
     ]
     heads = ["source", "rows", "kept", "share kept", _scale(full), "tokens", "tokens kept"]
     columns = "lnnnbnn"
-    shown = [_overall(facts), _table(heads, lines[:SOURCES_SHOWN], columns)]
+    shown = [_overall(facts), table(heads, lines[:SOURCES_SHOWN], columns)]
     if more := lines[SOURCES_SHOWN:]:
         summary = el("summary", plural(len(more), "smaller source"))
-        shown.append(el("details", summary, _table(heads, more, columns), class_="plain"))
+        shown.append(el("details", summary, table(heads, more, columns), class_="plain"))
     return shown
 
 
@@ -217,8 +207,8 @@ def concepts(facts: Facts, table: pa.Table) -> list[Html]:
     return [
         _overall(facts, "A point is a concept. "),
         concept_scatter(concept, there, kept, facts.overall),
-        _table(heads, lines, "ltnnnb" + "n" * len(told)),
-        _note(about, quota),
+        table(heads, lines, "ltnnnb" + "n" * len(told)),
+        note(about, quota),
     ]
 
 
@@ -244,7 +234,7 @@ def rows(facts: Facts) -> list[Html]:
         "code",
         f"tamis show {_path(run.store.uri)} --dropped --by {facts.selection.ranked_by[0].removesuffix('.score')}",
     )
-    return [_note(about, ". See more with ", command), *shown]
+    return [note(about, ". See more with ", command), *shown]
 
 
 def timings(facts: Facts) -> list[Html]:
@@ -264,7 +254,7 @@ def timings(facts: Facts) -> list[Html]:
         for p in passes
     ]
     told = f"{duration(total)} in {plural(len(passes), 'pass', 'passes')}. What an earlier call had done is not in it."
-    return [_note(told), _table(["pass", "time", "", "units", "rows", "rows/s", "read", ""], lines, "lnbnnnnl")]
+    return [note(told), table(["pass", "time", "", "units", "rows", "rows/s", "read", ""], lines, "lnbnnnnl")]
 
 
 def missing(facts: Facts) -> list[Html]:
@@ -283,7 +273,7 @@ def missing(facts: Facts) -> list[Html]:
         shown.append(
             el("p", f"{plural(len(failures), 'file or part of a file', 'files or parts of files')} left out{first}:")
         )
-        shown.append(_table(["file", "row groups", "reason"], lines, "plp"))
+        shown.append(table(["file", "row groups", "reason"], lines, "plp"))
     stored = run.manifest.get("columns", {})
     bad = {name: stored[name]["quarantined"] for name in run.plans if stored.get(name, {}).get("quarantined")}
     if bad:
@@ -295,7 +285,7 @@ def missing(facts: Facts) -> list[Html]:
             [visible(q["reason"], 120), q["column"], _path(q["file"]), count(q["row_group"]), count(q["row"])]
             for q in quarantined(run.store, list(bad)).slice(0, QUARANTINE_SHOWN).to_pylist()
         ]
-        shown.append(_table(["reason", "column", "file", "row group", "row"], lines, "plpnn"))
+        shown.append(table(["reason", "column", "file", "row group", "row"], lines, "plpnn"))
     return shown or [el("p", "Nothing: every file was read and every row was usable.")]
 
 
@@ -305,22 +295,10 @@ def configuration(facts: Facts) -> list[Html]:
     text = yaml.safe_dump(described, sort_keys=False, allow_unicode=True, width=100)
     lines = [" " * (len(line) - len(line.lstrip())) + visible(line, 400) for line in text.splitlines()]
     mark = facts.run.plans["select"].fingerprint
-    return [el("pre", "\n".join(lines)), _note(f"Selection {mark}. manifest.json holds all defaults too.")]
+    return [el("pre", "\n".join(lines)), note(f"Selection {mark}. manifest.json holds all defaults too.")]
 
 
 # ---- pieces
-
-
-def _section(anchor: str, title: str, *content: Child) -> Html:
-    return el("section", el("h2", title, id=anchor), content)
-
-
-def _note(*content: Child) -> Html:
-    return el("p", content, class_="note")
-
-
-def _tile(label: str, value: str, detail: str, main: bool = False) -> Html:
-    return el("div", el("span", label), el("b", value), el("span", detail), class_="tile main" if main else "tile")
 
 
 def _key(kind: str) -> Html:
@@ -328,7 +306,7 @@ def _key(kind: str) -> Html:
 
 
 def _overall(facts: Facts, before: str = "") -> Html:
-    return _note(before, _key("mark"), f"{share(facts.overall, 1)}, the share kept of all usable rows")
+    return note(before, _key("mark"), f"{share(facts.overall, 1)}, the share kept of all usable rows")
 
 
 def _bar(part: float, full: float, kept: bool, mark: float | None = None) -> Html:
@@ -345,14 +323,6 @@ def _scale(full: float) -> str:
     return f"0 to {share(full, 1)}"
 
 
-def _table(heads: Sequence[Child], lines: Sequence[Sequence[Child]], columns: str) -> Html:
-    """`columns` has a letter each: `n` number, `b` bar, `l` label, `p` text, `t` text cut to a line."""
-    classes = [{"n": "n", "b": "bar", "l": "label", "t": "text", "p": None}[c] for c in columns]
-    head = el("tr", [el("th", h, class_=c) for h, c in zip(heads, classes, strict=True)])
-    body = [el("tr", [el("td", v, class_=c) for v, c in zip(line, classes, strict=True)]) for line in lines]
-    return el("div", el("table", el("thead", head), el("tbody", body)), class_="scroll")
-
-
 def _pair(found: Sequence[Sampled]) -> Html:
     halves = [("Kept", [r for r in found if r.kept]), ("Dropped", [r for r in found if not r.kept])]
     return el("div", [_half(title, part) for title, part in halves], class_="pair")
@@ -360,7 +330,7 @@ def _pair(found: Sequence[Sampled]) -> Html:
 
 def _half(title: str, found: Sequence[Sampled]) -> Html:
     shown = [el("div", el("p", visible(r.text, TEXT_CHARACTERS), dir="auto"), _about(r), class_="row") for r in found]
-    return el("div", el("h3", title), shown or _note("none drawn"), class_="is-kept" if title == "Kept" else None)
+    return el("div", el("h3", title), shown or note("none drawn"), class_="is-kept" if title == "Kept" else None)
 
 
 def _about(row: Sampled) -> Html:

@@ -14,8 +14,14 @@ functions (docstring, imports, constants). A file without any, or without functi
 
 Python is cut by `ast` at the functions of modules and classes, each with the comments right above it; what is left
 always parses. Anything else, and Python that does not parse, is cut at blank lines before a line that is not indented,
-and only its first block is sure to stay. The second stage of LongCodeZip (blocks inside of a function, by perplexity)
-is left out, so no function is cut in two; so are its instruction prompts.
+and only its first block is sure to stay.
+
+The fine stage of LongCodeZip, blocks inside of a function, is left out, so no function is cut in two. It ends a block
+where a line's perplexity rises above "mean + 0.2 deviations", in the code a bound on perplexities that is compared with
+a difference of two; what a block is worth, and the rate that the functions left over from the coarse stage share, are
+not said to the point that two readers would build the same. And it was made for prompts: of a function without some of
+its lines a reader takes the sense, a corpus of such functions teaches code that does not run. Instruction prompts are
+left out, too.
 
 Trades: a call may outlive the function that it calls. The skeleton stays even where it is longer than the budget.
 """

@@ -59,6 +59,15 @@ class Score(Recipe):
         """Whether a row's score depends on other rows, so that `fill` does more than one pass."""
         return type(self).fill is not Score.fill
 
+    @property
+    def along(self) -> Mapping[str, str]:
+        """Fields of the column that go along in `tamis` of the curated files beside the score, by their names there."""
+        return {}
+
+    def caveats(self, run: Run) -> Sequence[str]:
+        """What a reader of the curated set has to know of this score, sentences for its card; once it is filled."""
+        return ()
+
     def fill(self, run: Run) -> None:
         """Fill the column of a criterion that compares rows, once all it needs is stored: by `run.regroup` and such.
 

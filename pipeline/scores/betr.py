@@ -14,11 +14,16 @@ are the positives of a classifier, as many of the rest its negatives, and its pr
   times depth. Positives are all within that depth, or it is quadrupled, so they are those of the full matrix; the means
   need the full matrix, and refuse a sample for which that is over 4 GB. `betr.json` says how many positives are owed to
   the examples to which most are: an odd example attracts junk, and there it shows.
+- An odd example (a template, a stray heading) is near to pages that are all the same, and with the best rank it brings
+  them in: one whose 10 nearest rows have a mean cosine above `constant` among themselves is left out and warned of. The
+  paper does not say how to find them: number and measure are ours, and cost 20 bytes a dimension and example. Of 100
+  real examples it left out 11, all of them entries of one medical database that fill in one form. Where more than half
+  would go, vectors that near are no oddity, and none is left out.
 - Benchmarks with more examples would count for more: `group` names the column that tells them apart, and all then give
   as many as the smallest.
 - `classifier: fasttext` is the paper's, with DCLM's settings; `linear` is a logistic regression on the run's vectors,
-  which costs no second pass over the text. The paper embeds the sample alone; here the run's embedding covers the
-  corpus, and other steps use it, too.
+  which costs no second pass over the text. The paper embeds the sample alone: that is `betr_sample`; here the run's
+  embedding covers the corpus, and other steps use it, too.
 - What is chosen for some tasks is worse for others: in the paper 44.2 against 46.3 (DCLM) on tasks not targeted. Target
   broadly. The share to keep grows with the model: `optimal_percent`.
 """
@@ -39,7 +44,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.hashing import hash64
+from pipeline.hashing import hash64, row_keys
 from pipeline.recipe import Column, State, Transform, fingerprint
 from pipeline.sample import Sample, draw, needs_fit, texts
 from pipeline.scores._contamination import Contained, warn_contained
@@ -63,6 +68,8 @@ VECTORS, HEAD, FACTS = "vectors.npy", "head.npz", "betr.json"
 ENTRY = 16
 """Bytes of a row in the list of an example: its cosine, its hash and the example."""
 MOST_BYTES = 4 << 30
+NEIGHBOURS = 10
+"""Rows nearest to an example that are compared with each other."""
 ENOUGH_ROWS = 10_000
 BLOCK = 1 << 22
 """Cosines that are worked out at once."""
@@ -77,6 +84,8 @@ class Betr(Score):
     """P(among the rows of best rank), in [0, 1]."""
 
     needs: ClassVar[Literal["text", "vectors", "concepts"]] = "vectors"
+    key: ClassVar[str] = KEY
+    """Reference to what tells the rows of the sample apart."""
     claim = "like the rows that lie nearest to an example of the target benchmarks"
     cost = "that of the classifier; 2 m d FLOPs for m examples a row of the sample"
     source = "Mizrahi et al. 2025 (BETR), arXiv 2507.12466"
@@ -88,6 +97,7 @@ class Betr(Score):
     positive_share: float = Field(0.1, gt=0, lt=1, description="share of the sample that is positive")
     aggregation: Aggregation = Field("max", description="best rank, or a mean over examples")
     depth: int = Field(1000, ge=1, description="nearest rows of every example to begin with")
+    constant: float = Field(0.98, gt=0, le=1, description="examples whose nearest rows are so much alike are left out")
     examples: int = Field(100_000, ge=1, description="most rows a side to train on (DCLM's count)")
     classifier: Literal["fasttext", "linear"] = Field("fasttext", description="what learns the ranking")
     fasttext: FastText = Field(FastText(), description="how fastText is trained")
@@ -115,23 +125,20 @@ class Betr(Score):
         targets = self._targets(run)
         asked = self.model_dump(mode="json", exclude={"name", "targets", "target_text", "group", "seed", "fasttext"})
         asked |= self.fasttext.prints()
-        identity = fingerprint(
-            "betr classifier", self.version, asked, seed, targets.fingerprint, run.identity("text", VECTOR, KEY)
-        )
+        identity = fingerprint("betr classifier", self.version, asked, seed, targets.fingerprint, self._reads(run))
         rows, positive, facts = State(), np.empty(0, np.uint64), dict[str, Any]()
         if needs_fit(run, self.column_name, identity):
             positive, negative, facts = self._label(run, targets, seed)
             value = "text" if self.classifier == "fasttext" else VECTOR
             chosen = np.union1d(positive, negative)
-            rows = run.aggregate(
-                Chosen((value,), len(chosen), run.rows, seed, max_bytes=DRAWN_BYTES, chosen=chosen), "betr examples"
-            )
+            wanted = Chosen((value,), len(chosen), run.rows, seed, self.key, max_bytes=DRAWN_BYTES, chosen=chosen)
+            rows = run.aggregate(wanted, "betr examples")
         build = partial(_train, rows, positive, self.fasttext if self.classifier == "fasttext" else None, facts)
         return run.artifact(self.column_name, identity, build)
 
     def _targets(self, run: Run) -> Artifact:
         """Artifact `<name>-targets`: `vectors.npy` (m, d) float16, `targets.json` with the beginnings of the texts."""
-        embed = run.plans["embed"].column
+        embed = self._embedding(run)
         uris = locate(listed(self.targets), "betr.targets")
         identity = fingerprint("betr targets", self.target_text, self.group, identify(uris), embed.identity)
         name = f"{self.column_name}-targets"
@@ -141,9 +148,21 @@ class Betr(Score):
             contained = warn_contained(run, examples["text"].combine_chunks(), "betr.targets")
         return run.artifact(name, identity, partial(_embed, examples, embed, contained), embed.resources)
 
+    def _embedding(self, run: Run) -> Column:
+        """The embedding of rows and examples."""
+        return run.plans["embed"].column
+
+    def _reads(self, run: Run) -> str:
+        """Identity of all that the ranking reads of rows."""
+        return run.identity("text", VECTOR, KEY)
+
+    def _sampled(self, run: Run, seed: int, last: int) -> tuple[str, str]:
+        """References to key and vector of the rows whose hash is at most `last`; others may be there, too."""
+        return KEY, VECTOR
+
     def _label(self, run: Run, targets: Artifact, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         """Hashes of the rows to train on, positive and negative, as many of each; and how they came about."""
-        sample = draw(run, Sample((), self.sample, run.rows, seed))
+        sample = draw(run, Sample((), self.sample, run.rows, seed, self.key))
         if not sample:
             raise CorpusError("betr: no row is usable; see quarantine/row for the reasons")
         hashes, count = sample["hash"], len(np.load(targets.local() / VECTORS, mmap_mode="r"))
@@ -156,7 +175,9 @@ class Betr(Score):
                 wanted,
                 ENOUGH_ROWS,
             )
-        depth = len(hashes) if self.aggregation != "max" else max(self.depth, -(-wanted // count))
+        depth = len(hashes) if self.aggregation != "max" else max(self.depth, NEIGHBOURS, -(-wanted // count))
+        key, vector = self._sampled(run, seed, int(hashes[-1]))
+        likeness: np.ndarray | None = None
         while True:
             depth = min(depth, len(hashes))
             if count * depth * ENTRY > MOST_BYTES:
@@ -164,10 +185,16 @@ class Betr(Score):
                     f"betr.sample: {count:,} examples times their {depth:,} nearest rows are more than "
                     f"{MOST_BYTES >> 30} GB: lower betr.sample, or give fewer examples"
                 )
-            nearest = run.aggregate(NearestRows(targets, depth, seed, int(hashes[-1])), "betr ranks")
+            nearest = run.aggregate(NearestRows(targets, depth, seed, int(hashes[-1]), key, vector), "betr ranks")
             if not nearest:
-                raise CorpusError("betr: no row of the sample has a vector; see quarantine/embed for the reasons")
-            ranked, value, owed = ranks(nearest, count, self.aggregation)
+                raise CorpusError("betr: no row of the sample has a vector; see quarantine/ for the reasons")
+            if likeness is None:
+                near = np.unique(nearest["hash"][_place(nearest["target"]) < NEIGHBOURS])
+                rows = run.aggregate(Chosen((vector,), len(near), run.rows, seed, key, chosen=near), "betr neighbours")
+                likeness = alike(nearest, rows["hash"], unit(rows[vector]), count)
+                odd = self._odd(likeness)
+            nearest = {name: values[~odd[nearest["target"]]] for name, values in nearest.items()}
+            ranked, value, owed = ranks(nearest, count - int(odd.sum()), self.aggregation)
             if depth == len(hashes) or is_certain(nearest, depth, value, wanted):
                 break
             depth *= 4
@@ -185,8 +212,22 @@ class Betr(Score):
             "positives_by_example": [
                 {"example": begins[i], "positives": int(most[i])} for i in np.argsort(-most, kind="stable")[:10]
             ],
+            "left_out": [{"example": begins[i], "likeness": float(likeness[i])} for i in np.flatnonzero(odd)[:100]],
         }
         return used, negative, facts
+
+    def _odd(self, likeness: np.ndarray) -> np.ndarray:
+        """Examples to leave out, bool (m,), and a warning where there are some; none where most would be."""
+        odd = np.asarray(likeness > self.constant)
+        usual = odd.mean() > 0.5
+        if odd.any():
+            log.warning(
+                "betr.targets: the rows nearest to %d of %d examples are all alike (betr.constant); %s",
+                int(odd.sum()),
+                len(odd),
+                "so many are no oddity, and none is left out" if usual else "these examples are left out",
+            )
+        return np.zeros_like(odd) if usual else odd
 
 
 @dataclass(frozen=True)
@@ -202,16 +243,18 @@ class NearestRows:
     depth: int
     seed: int
     last: int
+    key: str = KEY
+    vector: str = VECTOR
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return (KEY, VECTOR)
+        return (self.key, self.vector)
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
-        hashes = hash64(batch.column(KEY), self.seed)
+        hashes = hash64(batch.column(self.key), self.seed)
         drawn = np.flatnonzero(hashes <= np.uint64(self.last))
         examples = np.load(self.targets.local() / VECTORS).astype(np.float64)
-        vectors, hashes = matrix(batch.column(VECTOR))[drawn], hashes[drawn]
+        vectors, hashes = matrix(batch.column(self.vector))[drawn], hashes[drawn]
         least = self._least(state, len(examples))
         found, entries = [state] if state else [], 0
         step = max(1, BLOCK // len(examples))
@@ -253,7 +296,8 @@ class Chosen(Sample):
     chosen: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64), repr=False)
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
-        hashes = hash64(batch.column(self.key), self.seed)
+        keys = batch.column(self.key)
+        hashes = hash64(row_keys(keys) if self.key == "text" else keys, self.seed)
         found = np.flatnonzero(np.isin(hashes, self.chosen))
         rows: State = {"hash": hashes[found]}
         for name in self.values:
@@ -264,6 +308,21 @@ class Chosen(Sample):
 def _place(target: np.ndarray) -> np.ndarray:
     """Place of every entry among those of its example, from 0; `target` is sorted."""
     return np.asarray(np.arange(len(target)) - np.searchsorted(target, target))
+
+
+def alike(nearest: State, hashes: np.ndarray, vectors: np.ndarray, examples: int) -> np.ndarray:
+    """Mean cosine between any two of the `NEIGHBOURS` rows nearest to each example; (m,), 0 with fewer than two.
+
+    `hashes` (n,) ascending and unit `vectors` (n, d): the rows that `nearest` names, no other.
+    """
+    target, hashed = (nearest[name][_place(nearest["target"]) < NEIGHBOURS] for name in ("target", "hash"))
+    rows = np.bincount(target, minlength=examples)
+    sums = np.zeros((examples, vectors.shape[1]))
+    for start in range(0, len(target), BLOCK >> 8):
+        part = slice(start, start + (BLOCK >> 8))
+        np.add.at(sums, target[part], vectors[np.searchsorted(hashes, hashed[part])])
+    pairs = rows * (rows - 1)
+    return np.asarray(np.divide(np.vecdot(sums, sums) - rows, pairs, out=np.zeros(examples), where=pairs > 0))
 
 
 def ranks(nearest: State, examples: int, aggregation: Aggregation) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

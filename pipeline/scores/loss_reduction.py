@@ -12,6 +12,11 @@ RHO-LOSS (Mindermann et al. 2022, arXiv 2206.07137) is the same difference with 
 place of the prior: give its checkpoint as `prior`, a model of held-out data as `conditional`, and score again as it
 learns.
 
+`mask: 0.6` adds the field `mask`: for every token of a row (the prior's tokens, `ids` of its `lm-` column) whether a
+trainer should count its loss, the 60 % of the corpus's tokens that the conditional model finds easiest beside the prior
+(Rho-1, Lin et al. 2024, arXiv 2404.07965; see `_token_mask`). It goes along in the curated files, as
+`tamis.<name>_mask`.
+
 What it trades away:
 - Rows are scored whole, by their first `max_tokens` tokens; the paper scores packed sequences of 512.
 - Short rows have scores of high variance. `shrink: T0` multiplies by T / (T + T0); the paper has no short rows. One
@@ -30,7 +35,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,16 +46,17 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from pipeline.engine import threads
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, CorpusError
 from pipeline.models.causal import check_model, context, load_causal, model_source, row_losses, token_column
 from pipeline.models.files import check_installed, folder_of
 from pipeline.models.training import lm_loss, pack, save_lm, train_lm
-from pipeline.recipe import Column, Transform, fingerprint
+from pipeline.recipe import Column, State, Transform, fingerprint
 from pipeline.sample import needs_fit
 from pipeline.scores._contamination import warn_contained
 from pipeline.scores._prior import Training, neural, prior, seed_of
 from pipeline.scores._seeds import identify, locate
 from pipeline.scores._targets import listed, read_targets
+from pipeline.scores._token_mask import Excess, excess, lowest_bin, masks
 from pipeline.scores.base import Score
 
 if TYPE_CHECKING:
@@ -67,7 +73,8 @@ FIELDS = pa.schema(
         ("tokens", pa.int32()),
     ]
 )
-FACTS = "conditional.json"
+MASK = pa.field("mask", pa.list_(pa.bool_()))
+FACTS, LINE = "conditional.json", "mask.json"
 TUNING = ("train", "target_text", "holdout", "tune_steps", "tune_lr")
 LOOKS, PATIENCE = 10, 4
 """The held-out loss is measured so many times over the tuning, which ends when so many looks brought nothing."""
@@ -94,6 +101,7 @@ class LossReduction(Score):
     tune_lr: float = Field(1e-3, gt=0, description="highest learning rate of the fine-tuning")
     max_tokens: int = Field(512, ge=2, description="tokens of a row that count; no more than the model's context")
     shrink: float = Field(0, ge=0, description="T0: scores of T tokens are multiplied by T / (T + T0)")
+    mask: float | None = Field(None, gt=0, le=1, description="share of all tokens to mark for training (Rho-1: 0.6)")
 
     @model_validator(mode="after")
     def _one_pair(self) -> Self:
@@ -113,16 +121,39 @@ class LossReduction(Score):
         self._pair(run)
 
     def support(self, run: Run) -> Sequence[Column]:
+        if self.mask is not None and run.config.output.rewrite:
+            raise ConfigError(
+                f"{self.column_name}.mask marks the tokens of whole texts, and output.rewrite shortens them: remove one"
+            )
         pair = self._pair(run)
         longest = min(self.max_tokens, *(context(folder_of(model_source(run, model))) for model in pair))
         return [token_column(run, model, longest) for model in pair]
 
+    @property
+    def compares_rows(self) -> bool:
+        return self.mask is not None  # the line through the tokens is known once all have their losses
+
+    @property
+    def along(self) -> Mapping[str, str]:
+        return {} if self.mask is None else {f"{self.column_name}_{MASK.name}": MASK.name}
+
     def column(self, run: Run) -> Column:
         support = self.support(run)
-        identity = fingerprint(type(self).__name__, self.version, self.shrink)
         inputs = tuple(f"{column.name}.logp" for column in support)
+        line = None if self.mask is None else self._line(run, inputs, self.mask)
+        identity = fingerprint(type(self).__name__, self.version, self.shrink, *([line.fingerprint] if line else []))
+        fields = FIELDS if line is None else FIELDS.append(MASK)
         # The actor of the models, so that the score is filled in the same pass as they.
-        return Column(self.column_name, inputs, FIELDS, partial(_open, self.shrink), identity, support[0].resources)
+        return Column(
+            self.column_name, inputs, fields, partial(_open, self.shrink, line), identity, support[0].resources
+        )
+
+    def _line(self, run: Run, logp: tuple[str, ...], share: float) -> Artifact:
+        """Artifact `<name>-mask`: `mask.json` with the lowest bin of excess that is kept."""
+        name = f"{self.column_name}-mask"
+        identity = fingerprint("mask", self.version, share, run.identity(*logp))
+        state = run.aggregate(Excess(*logp), name) if needs_fit(run, name, identity) else {}
+        return run.artifact(name, identity, partial(_draw_line, state, share), resources=None)
 
     def _pair(self, run: Run) -> tuple[str | Artifact, str | Artifact]:
         """Prior and conditional; trained once, found again by their fingerprints. Raises ConfigError."""
@@ -214,12 +245,26 @@ def _tune(tuning: Tuning, before: Artifact, texts: list[str], gpu: bool, directo
     (directory / FACTS).write_text(json.dumps(facts, indent=2))
 
 
-def _open(shrink: float) -> Transform:
+def _draw_line(state: State, share: float, directory: Path) -> None:
+    if not state:
+        raise CorpusError("loss_reduction: no row has a loss; see quarantine/ for the reasons")
+    tokens = state["tokens"]
+    lowest = lowest_bin(tokens, share)
+    facts = {"lowest_bin": lowest, "tokens": int(tokens.sum()), "kept": int(tokens[lowest:].sum())}
+    (directory / LINE).write_text(json.dumps(facts, indent=2))
+
+
+def _open(shrink: float, line: Artifact | None) -> Transform:
+    lowest = None if line is None else json.loads((line.local() / LINE).read_text())["lowest_bin"]
+
     def score(batch: pa.RecordBatch) -> pa.RecordBatch:
         before, tokens = row_losses(batch.column(0))
         after, _ = row_losses(batch.column(1))
         values = reduction(before, after, tokens, shrink)
-        return pa.record_batch([values, before, after, tokens], names=FIELDS.names).cast(FIELDS)
+        found = pa.record_batch([values, before, after, tokens], names=FIELDS.names).cast(FIELDS)
+        if lowest is None:
+            return found
+        return found.append_column(MASK, masks(excess(batch.column(0), batch.column(1)), tokens, lowest))
 
     return score
 

@@ -9,6 +9,15 @@ paper projects the gradient of log(p / (1 - p)) and weighs rows by 1 - p; a text
 gradient of the loss holds the factor already. Ours: `damping` (lambda, in mean eigenvalues; the paper's code has
 none), which a Gram matrix of fewer rows than `size` cannot do without.
 
+`inverse: datainf` takes the mean of the rank-one inverses in the place of the inverse of the mean (Kwon et al. 2023,
+DataInf, arXiv 2310.00902; from memory, unverified):
+
+    (1/n) sum_i (phi_i phi_i^T + lambda I)^-1 v = (1/n) sum_i (v - phi_i <phi_i, v> / (lambda + |phi_i|^2)) / lambda
+
+with the same lambda, which at 0.1 mean eigenvalues is theirs. It has no size x size matrix and a second pass over the
+projections. It is not the inverse: on (1, 0) and (0, 2) with lambda 1 it makes (0.75, 0.60) of (1, 1), the inverse of
+the mean (0.67, 0.33). Theirs is by layer, on gradients of adapters that are not projected; here all layers are one.
+
 Costs `models` x (2 size + 4) bytes of disk a row, and size^2 x 8 bytes a shard while the sums are made, so `size` is at
 most 2,048. The projections stay as the columns `sketch-<12 hex digits>`: vectors of unit length and their norms.
 """
@@ -66,6 +75,9 @@ class Trak(Influence):
     gradients: Literal["last", "full"] = Field("full", description="of all linear layers, or of the head")
     projection: Kind = Field("countsketch", description="how gradients are made shorter")
     size: int = Field(1024, ge=64, le=2048, multiple_of=64, description="components of a projected gradient")
+    inverse: Literal["gram", "datainf"] = Field(
+        "gram", description="of the mean outer product, or mean of the inverses"
+    )
     damping: float = Field(0.1, gt=0, description="lambda, in mean eigenvalues of the Gram matrix")
 
     @model_validator(mode="after")
@@ -99,13 +111,29 @@ class Trak(Influence):
         aims = self._aims(run)
         inputs = tuple(f"{column.name}.{field}" for column in self.support(run) for field in ("vector", "norm"))
         name = f"{self.column_name}-directions"
-        identity = fingerprint("trak", self.version, aims.fingerprint, self.damping, run.identity(*inputs))
-        pairs = list(zip(inputs[::2], inputs[1::2], strict=True))
-        states = [run.aggregate(Gram(*pair)) for pair in pairs] if needs_fit(run, name, identity) else []
-        directions = run.artifact(name, identity, partial(_solve, states, aims, self.damping))
+        asked = [self.damping, *(["datainf"] if self.inverse == "datainf" else [])]
+        identity = fingerprint("trak", self.version, aims.fingerprint, *asked, run.identity(*inputs))
+        found: list[np.ndarray] = []
+        if needs_fit(run, name, identity):
+            targets = np.load(aims.local() / "targets.npy", allow_pickle=False)
+            pairs = zip(inputs[::2], inputs[1::2], strict=True)
+            found = [self._towards(run, *pair, aim) for pair, aim in zip(pairs, targets, strict=True)]
+        directions = run.artifact(name, identity, partial(_save, found), resources=None)
         opened = partial(_open, directions, self.pool, inputs)
         identity = fingerprint("trak", self.version, directions.fingerprint, self.pool)
         return Column(self.column_name, inputs, FIELDS, opened, identity)
+
+    def _towards(self, run: Run, vector: str, norm: str, targets: np.ndarray) -> np.ndarray:
+        """Directions (subtasks, size) of one model's targets, by one pass over the projections or by two."""
+        if self.inverse == "gram":
+            state = run.aggregate(Gram(vector, norm))
+            _check(state, "gram")
+            return directions(state["gram"], int(state["rows"][0]), targets, self.damping)
+        state = run.aggregate(SquaredNorms(norm))
+        _check(state, "squares")
+        ridge = self.damping * float(state["squares"][0]) / int(state["rows"][0]) / targets.shape[1]
+        state = run.aggregate(RankOnes(vector, norm, targets.astype(np.float64), ridge))
+        return rank_one_directions(state, targets, ridge)
 
     def _asked(self, run: Run) -> dict[str, Any]:
         names = {"max_tokens", "gradients", "projection", "size"}
@@ -142,6 +170,53 @@ class Gram:
 
     def merge(self, states: Sequence[State]) -> State:
         return {name: np.sum([s[name] for s in states], axis=0) for name in ("gram", "rows")}
+
+
+@dataclass(frozen=True)
+class SquaredNorms:
+    """Statistic: `squares` (1,) float64, the sum of |phi|^2, over `rows` (1,) int64."""
+
+    norm: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.norm,)
+
+    def update(self, state: State, batch: pa.RecordBatch) -> State:
+        squares = batch.column(0).to_numpy().astype(np.float64) ** 2
+        new = {"squares": np.array([squares.sum()]), "rows": np.array([len(squares)])}
+        return self.merge([state, new]) if state else new
+
+    def merge(self, states: Sequence[State]) -> State:
+        return {name: np.sum([s[name] for s in states], axis=0) for name in ("squares", "rows")}
+
+
+@dataclass(frozen=True)
+class RankOnes:
+    """Statistic: `sums` (m, s) float64, of phi <phi, v> / (ridge + |phi|^2) over the rows, for (m, s) targets v."""
+
+    vector: str
+    norm: str
+    targets: np.ndarray
+    ridge: float
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return (self.vector, self.norm)
+
+    def update(self, state: State, batch: pa.RecordBatch) -> State:
+        phi = _phi(batch, self.vector, self.norm).astype(np.float64)
+        shares = (phi @ self.targets.T) / (self.ridge + np.vecdot(phi, phi))[:, None]
+        new = {"sums": shares.T @ phi, "rows": np.array([len(phi)])}
+        return self.merge([state, new]) if state else new
+
+    def merge(self, states: Sequence[State]) -> State:
+        return {name: np.sum([s[name] for s in states], axis=0) for name in ("sums", "rows")}
+
+
+def rank_one_directions(state: State, targets: np.ndarray, ridge: float) -> np.ndarray:
+    """Mean of (phi phi^T + ridge I)^-1 v over the rows of a `RankOnes`, for (m, s) targets v; (m, s) float64."""
+    return np.asarray((targets - state["sums"] / state["rows"][0]) / ridge)
 
 
 def directions(gram: np.ndarray, rows: int, targets: np.ndarray, damping: float) -> np.ndarray:
@@ -196,11 +271,12 @@ def _aim(
     (directory / "subtasks.json").write_text(json.dumps(examples.names))
 
 
-def _solve(states: Sequence[State], aims: Artifact, damping: float, directory: Path) -> None:
-    targets = np.load(aims.local() / "targets.npy", allow_pickle=False)
-    if not all(state and state["gram"].any() for state in states):
+def _check(state: State, name: str) -> None:
+    if not state or not state[name].any():
         raise CorpusError("trak: no row of the corpus has a gradient; see quarantine/ for the reasons")
-    found = [directions(s["gram"], int(s["rows"][0]), aim, damping) for s, aim in zip(states, targets, strict=True)]
+
+
+def _save(found: list[np.ndarray], directory: Path) -> None:
     np.save(directory / "directions.npy", np.stack(found).astype(np.float32))
 
 

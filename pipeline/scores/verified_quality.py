@@ -11,8 +11,11 @@ texts. Arms differ in nothing but these blocks: steps, order and the other block
 The classifier of the pool with the lowest loss scores the corpus. With `rounds` above 1 it is tried to do better: what
 it keeps of the sample joins its positives, the other end its negatives, as long as the loss falls (the paper warns of
 many rounds: they drift to the classifier's own taste). `verification.json` has every pool's loss, its gain on the usual
-mix with a standard error over repeats, what the classifier measures on its held-out seeds, and the decision. If no pool
-beats the usual mix, the best is kept and a warning logged.
+mix with a standard error over repeats, what the classifier measures on its held-out seeds, and the decision.
+
+The paper accepts a pool that beats the usual mix, so where none does, none is verified: the run goes on with the best
+of them, and log and card say so, as they do where the gain is less than twice its standard error. `require_better:
+true` stops there instead; the verification stays, so lifting it again costs nothing.
 
 What it trades away: a gain at this size says what helps this model on this target. It should be several times its
 standard error. The score inherits the target as its aim, as it does the benchmarks in the paper.
@@ -30,7 +33,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,7 +47,7 @@ from pydantic import Field, model_validator
 from pipeline.artifact import Artifact
 from pipeline.corpus.storage import Store
 from pipeline.engine import threads
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TamisError
 from pipeline.models.causal import load_causal
 from pipeline.models.files import check_installed
 from pipeline.models.training import lm_loss, pack, train_lm
@@ -91,6 +94,7 @@ class VerifiedQuality(Score):
     share: float = Field(0.3, gt=0, le=1, description="share of the anneal that is mixed in")
     anneal_steps: int = Field(100, ge=1, description="batches an anneal has")
     repeats: int = Field(3, ge=1, description="anneals an arm, with other draws")
+    require_better: bool = Field(False, description="stop where no pool beats the usual mix, rather than warn")
     rounds: int = Field(1, ge=1, description="rounds of the loop; those after the first refine the winner")
     fasttext: FastText = Field(FastText(), description="how the classifiers are trained")
     prior: Training = Field(Training(), description="the nearly trained model")
@@ -101,7 +105,23 @@ class VerifiedQuality(Score):
         return self
 
     def fit(self, run: Run) -> None:
-        self._winner(run)
+        found = self._verification(run)
+        doubtful = doubt(self.column_name, found)
+        if self.require_better and not found["better_than_usual"]:
+            raise TamisError(
+                f"{doubtful}; give other pools, a longer verification (`anneal_steps`, `repeats`), or lift "
+                "`require_better`"
+            )
+        if doubtful:
+            log.warning("%s", doubtful)
+
+    def caveats(self, run: Run) -> Sequence[str]:
+        doubtful = doubt(self.column_name, self._verification(run))
+        return [f"{doubtful}."] if doubtful else []
+
+    def _verification(self, run: Run) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self._winner(run).store.read(TABLE))
+        return found
 
     def column(self, run: Run) -> Column:
         winner = self._winner(run)
@@ -120,7 +140,7 @@ class VerifiedQuality(Score):
         }
         target = locate(listed(self.target), f"{role}.target")
         base = prior(run, f"{role}-prior", self.prior)
-        asked = self.model_dump(mode="json", exclude={"name", "pools", "target", "prior", "fasttext"})
+        asked = self.model_dump(mode="json", exclude={"name", "pools", "target", "prior", "fasttext", "require_better"})
         asked |= self.fasttext.prints()
         prints = [identify(target), {n: [identify(good), identify(bad)] for n, (good, bad) in files.items()}]
         identity = fingerprint("verification", self.version, asked, prints, base.fingerprint)
@@ -200,8 +220,18 @@ def _verify(trial: Trial, target: pa.Array, rows: State, directory: Path) -> Non
     (directory / TABLE).write_text(json.dumps(found, indent=2))
     said = "%s: pool %s is kept, loss %.4f on the target against %.4f of the usual mix"
     log.info(said, recipe.column_name, winner.candidate.name, winner.losses.mean(), usual.mean())
-    if not better:
-        log.warning("%s: no pool taught the model more than the usual mix did; see %s", recipe.column_name, TABLE)
+
+
+def doubt(name: str, found: dict[str, Any]) -> str:
+    """What speaks against the winner of a `verification.json`, without a full stop; "" where nothing does."""
+    winner = next(pool for pool in found["pools"] if pool["pool"] == found["kept"])
+    error = winner["gain_error"]
+    gain = f"{winner['gain']:+.4f} nats a token" + (f" with a standard error of {error:.4f}" if error else "")
+    if not found["better_than_usual"]:
+        return f"{name}: no pool taught the model more than the usual mix did, the best ({found['kept']}) {gain}"
+    if error is not None and winner["gain"] < 2 * error:
+        return f"{name}: the gain of pool {found['kept']} on the usual mix, {gain}, may be chance"
+    return ""
 
 
 class Anneal:

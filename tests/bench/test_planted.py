@@ -139,6 +139,22 @@ def test_every_criterion_has_a_seat_that_its_recipe_accepts(directory: Path) -> 
         )
 
 
+def test_foreign_pieces_stand_where_they_say_and_a_perfect_rewrite_removes_them_alone(directory: Path) -> None:
+    for form, mark in (("lines", " | "), ("pages", "<li>"), ("code", "def ")):
+        table = pq.read_table(directory / f"{form}.parquet")
+        kept = []
+        for row in table.to_pylist():
+            edges = [0, *(e for span in row["planted"] for e in (span["start"], span["end"])), len(row["text"])]
+            kept.append([{"start": a, "end": b} for a, b in zip(edges[::2], edges[1::2], strict=True)])
+            assert all(mark in row["text"][span["start"] : span["end"]] for span in row["planted"])
+            if form != "code":
+                assert not any(mark in row["text"][span["start"] : span["end"]] for span in kept[-1])
+        rows = pa.table({"source": table["text"], "tamis": [{"kept": spans} for spans in kept]})
+        assert seats.characters(table, rows) == (1, 1)
+        whole = [{"kept": [{"start": 0, "end": len(text)}]} for text in table["text"].to_pylist()]
+        assert seats.characters(table, pa.table({"source": table["text"], "tamis": whole})) == (0, 1)
+
+
 @pytest.mark.parametrize("name", [n for n in seats.TRUTHS if n not in ("human", "none")])
 def test_the_truth_itself_is_found_and_its_opposite_is_not(name: str, table: pa.Table) -> None:
     truth = seats.TRUTHS[name]

@@ -218,14 +218,14 @@ def test_a_model_of_the_hub_is_fetched_without_code_or_pickles(tmp_path: Path, h
     hub.put("org/name", "config.json", "model.safetensors", "1_Pooling/config.json", "pytorch_model.bin", "modeling.py")
     (tmp_path / "model").mkdir()
     done = hub.run(
-        "from pipeline.models.files import _fetch; _fetch('hf://org/name@main', Path(sys.argv[1]))", tmp_path / "model"
+        "from pipeline.models.files import fetch; fetch('hf://org/name@main', Path(sys.argv[1]))", tmp_path / "model"
     )
     assert done.returncode == 0, done.stderr
     found = {p.relative_to(tmp_path / "model").as_posix() for p in (tmp_path / "model").rglob("*") if p.is_file()}
     assert found == {"config.json", "model.safetensors", "1_Pooling/config.json"}
     assert not [path for path in hub.asked if "resolve" in path and (".bin" in path or ".py" in path)]
     missing = hub.run(
-        "from pipeline.models.files import _fetch; _fetch('hf://org/other', Path(sys.argv[1]))", tmp_path / "model"
+        "from pipeline.models.files import fetch; fetch('hf://org/other', Path(sys.argv[1]))", tmp_path / "model"
     )
     assert "cannot fetch hf://org/other" in missing.stderr
     assert "fetch it yourself and give its folder as `model`" in missing.stderr

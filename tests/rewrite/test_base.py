@@ -55,6 +55,26 @@ def test_the_best_piece_stays_where_none_reaches_the_threshold() -> None:
     assert above(units, score, 0.15).tolist() == [True, False, True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("threshold", "fractions", "kept"),
+    [(0.1, [2 / 3, 1 / 4, 0], [True, True, False]), (0.5, [1 / 3, 0, 0], [True, False, False])],
+)
+def test_provences_rule_for_sentences(threshold: float, fractions: list[float], kept: list[bool]) -> None:
+    """The example of a token classifier: a sentence's score is the share of its tokens above the threshold, which is
+    the sentences' threshold, too. At 0.5 that would drop all of them; here the best one stays."""
+    tokens = [[0.9, 0.2, 0.05], [0.05, 0.02, 0.3, 0.04], [0.01, 0.02]]
+    share = np.array([np.mean([p > threshold for p in sentence]) for sentence in tokens])
+    np.testing.assert_allclose(share, fractions)
+    units = Pieces(np.zeros(3, np.int64), np.array([0, 3, 7]), np.array([3, 7, 9]))
+    assert above(units, share, threshold).tolist() == kept
+    if threshold == 0.1:
+        assert above(units, share, 0.5).tolist() == [
+            True,
+            False,
+            False,
+        ]  # the paper's text: sentences always at one half
+
+
 LINES = ["A sentence of many words stands here.", "MENU", "Read more", "Another one ends, as it should, with a stop."]
 RULES = {"kind": "sentences", "unit": "line", "rules": ["c4"]}
 

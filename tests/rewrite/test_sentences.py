@@ -20,6 +20,8 @@ from pipeline.errors import ConfigError
 from pipeline.rewrite.base import Pieces
 from pipeline.rewrite.sentences import LINE, SENTENCE, Sentences, _by_rules, _open, edges
 from pipeline.run import Run
+from pipeline.scores._proxy import bigram_loss
+from pipeline.words import hashed_words
 
 
 def units(text: str) -> list[str]:
@@ -158,6 +160,13 @@ def test_a_classifier_scores_sentences_and_boilerplate_goes(write_corpus: Callab
     assert sizes["junk"] < 0.05
     assert sizes["nouns"] > 0.98
     assert {p.name for p in (tmp_path / "run" / "artifacts").iterdir()} >= {"quality", "rewrite-quality"}
+
+    # A bigram model of what is left expects clean text better than one of as many words of the original.
+    budget, clean = len(kept.split()), "".join(sentence(nouns) for _ in range(50))
+    texts = [kept, " ".join(original.split()[:budget]), clean]
+    words, offsets = hashed_words(pa.array(texts, pa.large_string()), 4096, 1 << 20)
+    bits = bigram_loss(words, offsets, 4096)
+    assert bits(np.array([0]), np.array([2])) < bits(np.array([1]), np.array([2])) - 0.1
 
 
 @pytest.mark.parametrize(

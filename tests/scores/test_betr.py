@@ -25,8 +25,10 @@ from pipeline.errors import TamisError
 from pipeline.hashing import KEY as KEY_TYPE
 from pipeline.hashing import hash64
 from pipeline.recipe import State
-from pipeline.scores.betr import KEY, VECTOR, VECTORS, Betr, NearestRows, is_certain, optimal_percent, ranks
+from pipeline.scores._proxy import bigram_loss
+from pipeline.scores.betr import KEY, VECTOR, VECTORS, Betr, NearestRows, alike, is_certain, optimal_percent, ranks
 from pipeline.vectors import matrix, unit_vectors
+from pipeline.words import hashed_words
 
 TOY = np.array([[0.9, 0.1], [0.8, 0.7], [0.2, 0.6], [0.1, 0.2]])
 """Cosines of four rows to two examples."""
@@ -193,7 +195,7 @@ def test_domains_of_the_examples_score_above_the_others(
     facts = json.loads((tmp_path / "artifacts/betr/betr.json").read_text())
     assert (facts["sample"], facts["targets"], facts["positives"]) == (1200, 100, 240)
     if fields.get("depth") == 3:
-        assert facts["depth"] > 3  # three rows of every example are not 240 distinct ones
+        assert facts["depth"] == 10  # no less than are compared with each other, and enough
     assert sum(e["positives"] for e in facts["positives_by_example"]) <= 240
     assert "1200 rows are ranked, 240 of them positive" in caplog.text
 
@@ -206,6 +208,76 @@ def test_shards_change_nothing(tmp_path: Path, domains: tuple[Path, Path, np.nda
         run(tmp_path / name, tmp_path / "corpus", domains[1], shard_mb, classifier="linear", depth=5)
     scores = [ds.dataset(tmp_path / name / "columns/betr").to_table()["score"].to_numpy() for name in ("one", "nine")]
     assert scores[0].tobytes() == scores[1].tobytes()
+
+
+def test_an_example_near_a_template_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Pages of one form around an odd example would all be positives; without it the rows like the others are."""
+    rng = np.random.default_rng(0)
+    words = [f"w{i}" for i in range(300)]
+    prose = [" ".join(rng.choice(words[(i % 2) * 150 :][:150], 40)) for i in range(120)]
+    forms = [f"price of item {i} : call our shop and order now at the usual address" for i in range(40)]
+    texts = [[*prose, *forms][i] for i in rng.permutation(160)]
+    corpus = tiny(tmp_path, texts)
+    examples = [
+        *(" ".join(rng.choice(words[:150], 40)) for _ in range(6)),
+        "call our shop and order now : price of item",
+    ]
+    (tmp_path / "targets.txt").write_text("\n".join(examples) + "\n")
+    owed = []
+    for constant in (1.0, 0.98):
+        directory = tmp_path / str(constant)
+        fields = {"classifier": "linear", "positive_share": 0.25, "constant": constant}
+        with caplog.at_level(logging.WARNING):
+            run(directory, corpus, tmp_path / "targets.txt", **fields)
+        facts = json.loads((directory / "artifacts/betr/betr.json").read_text())
+        assert [e["example"][:13] for e in facts["left_out"]] == (["call our shop"] if constant < 1 else [])
+        by_example = {e["example"][:13]: e["positives"] for e in facts["positives_by_example"]}
+        owed.append(by_example["call our shop"])
+        assert sum(by_example.values()) == 40
+    assert "nearest to 1 of 7 examples are all alike (betr.constant); these examples are left out" in caplog.text
+    assert owed[0] > 0 == owed[1]
+    recipe = Betr(targets="t.txt")
+    assert recipe._odd(np.array([0.99, 0.99, 0.5])).tolist() == [False] * 3  # most: no oddity
+    assert recipe._odd(np.array([0.99, 0.5])).tolist() == [True, False]
+
+
+def test_likeness_is_the_mean_cosine_of_any_two_of_the_nearest(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 6)), rng.normal(size=(5, 6))
+    found, hashes, dense = nearest_of(tmp_path, x, y, 20, 3)
+    order = np.argsort(hashes)
+    unit = (x / np.linalg.norm(x, axis=1, keepdims=True))[order]
+    likeness = alike(found, hashes[order], unit, 6)
+    for target in range(5):
+        near = np.argsort(-dense[order][:, target])[:10]
+        product = unit[near] @ unit[near].T
+        assert likeness[target] == pytest.approx((product.sum() - 10) / 90, abs=1e-6)
+    assert likeness[5] == 0  # no row is listed for it
+
+
+def test_what_it_keeps_helps_on_the_target_and_hurts_elsewhere(
+    tmp_path: Path, domains: tuple[Path, Path, np.ndarray], shared_data: Path
+) -> None:
+    """The Goodhart test: a bigram model at equal words, of BETR's choice and of random rows, tried on both sides."""
+    corpus, targets, _ = domains
+    run(tmp_path, corpus, targets, group="source", positive_share=0.2, classifier="linear")
+    score = ds.dataset(tmp_path / "columns/betr").to_table()["score"].to_numpy()
+    table = ds.dataset(shared_data / "text_corpus/parts").to_table(columns=["text", "source"])
+    kinds = np.array(table["source"].to_pylist())
+    unseen = table.take(np.concatenate([np.flatnonzero(kinds == d)[300:350] for d in DOMAINS]))
+    texts = pa.concat_tables([ds.dataset(corpus).to_table(columns=["text"]), unseen.select(["text"])])["text"]
+    words, offsets = hashed_words(texts.combine_chunks().cast(pa.large_string()), 1 << 14, 4000)
+    bits = bigram_loss(words, offsets, 1 << 14)
+    aimed_at, elsewhere = 1200 + np.arange(100), 1300 + np.arange(100)
+
+    def losses(order: np.ndarray) -> list[float]:
+        kept = order[np.cumsum(np.diff(offsets)[order]) <= 40_000]
+        return [bits(kept, side) for side in (aimed_at, elsewhere)]
+
+    betr = losses(np.argsort(-score))
+    random = [losses(np.random.default_rng(seed).permutation(1200)) for seed in range(3)]
+    assert betr[0] < min(loss for loss, _ in random) - 0.5  # 7.3 bits a word against 8.0 to 8.2
+    assert betr[1] > max(loss for _, loss in random) + 1.5  # 11.9 against 9.7 to 9.8
 
 
 def tiny(directory: Path, texts: list[str]) -> Path:

@@ -61,6 +61,13 @@ def test_one_line_of_single_spaces_whatever_the_neighbours(pieces: Pieces, texts
         assert pieces(pa.array([text], pa.large_string())).to_pylist() == [line]
 
 
+@given(st.text(st.sampled_from("aBé\n\t 东Zö")))
+@settings(max_examples=30)
+def test_what_is_normalised_stays_as_it_is_up_to_the_escapes(pieces: Pieces, text: str) -> None:
+    once = whole(pieces, text)
+    assert whole(pieces, once) == once  # characters; where pieces are cut may change with the spaces between them
+
+
 def run_quality(directory: Path, **fields: Any) -> Path:
     """The artifact of a small classifier; its seeds are given, so the corpus does not matter."""
     (directory / "corpus").mkdir(exist_ok=True)

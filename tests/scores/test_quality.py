@@ -24,7 +24,9 @@ from pipeline.corpus.storage import Store
 from pipeline.engine.pool import InlinePool
 from pipeline.errors import TamisError
 from pipeline.run import Artifact, Run
+from pipeline.scores._proxy import bigram_loss
 from pipeline.scores.quality import GOOD, Quality, _has_rare_breaks, _lines, open_classifier
+from pipeline.words import hashed_words
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SAMPLE = EXAMPLES / "sample"
@@ -150,6 +152,17 @@ def test_a_score_never_leaves_zero_to_one(trained: Path, sample: pa.Table) -> No
     assert raw > 1  # by fastText's epsilon of 1e-5
     assert scored(trained, texts, "__label__cc")[0] == 1
     assert scored(trained, texts)[0] == 0
+
+
+def test_the_probability_of_the_other_label_is_folded(tmp_path: Path) -> None:
+    lines = ["__label__hq a", "__label__cc b"]
+    nine = (0, np.log(9))
+    model = hand_made(tmp_path, {"b": nine, "</s>": nine, "b </s>": nine}, lines)
+    best, p = fasttext.load_model(str(model)).predict("b")
+    raw = float(p[0])
+    assert best == ("__label__cc",)
+    assert scored(model, pa.array(["b"]))[0] == pytest.approx(1 - raw, abs=1e-6)
+    assert raw == pytest.approx(0.9, abs=2e-5)
 
 
 def test_of_many_labels_the_score_is_the_probability_of_the_one_asked_for(tmp_path: Path) -> None:
@@ -317,3 +330,15 @@ def test_encyclopaedic_seeds_find_encyclopaedic_rows_among_chatter(tmp_path: Pat
     top = np.argsort(scores)[-len(scores) // 10 :]
     assert is_planted[top].sum() > 0.45 * is_planted.sum()
     assert roc_auc_score(is_planted, scores) > 0.95
+
+    # And a bigram model of the top tenth expects unseen text of the target better than one of as many random words.
+    unseen = table["text"].take(wiki[len(planted) : len(planted) + 50])
+    texts = pa.chunked_array([*corpus["text"].chunks, *unseen.chunks]).combine_chunks().cast(pa.large_string())
+    words, offsets = hashed_words(texts, 1 << 14, 4000)
+    bits, held_out = bigram_loss(words, offsets, 1 << 14), len(scores) + np.arange(50)
+    size = np.diff(offsets)
+    best = np.argsort(-scores, kind="stable")[: len(scores) // 10]
+    for seed in range(3):
+        order = np.random.default_rng(seed).permutation(len(scores))
+        random = order[np.cumsum(size[order]) <= size[best].sum()]
+        assert bits(best, held_out) < bits(random, held_out) - 0.2

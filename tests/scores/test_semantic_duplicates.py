@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from pipeline.curation import curate
 from pipeline.engine.pool import InlinePool
+from pipeline.scores._head import forward, train
 from pipeline.scores.semantic_duplicates import SemanticDuplicates, compare, follow, listed, max_products
 
 
@@ -121,6 +122,31 @@ def test_planted_pairs_lose_one_each() -> None:
     kept = kept_of(m, 0.05)
     assert kept.sum() == 1000
     assert (kept[:1000] ^ kept[1000:]).all()
+
+
+def test_half_of_the_rows_teach_as_much_as_all_where_half_are_copies() -> None:
+    """The headline in spirit: 300 rows and 300 near copies of 30 of them, 10 classes, a linear classifier. SemDeDup's
+    half loses less than a point against all rows (0.915 to 0.917), a random half 5."""
+    right: dict[str, list[float]] = {"all": [], "kept": [], "random": []}
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        centres, label, new_label = rng.standard_normal((10, 24)), rng.integers(0, 10, 300), rng.integers(0, 10, 3000)
+        base, new = (centres[y] + 1.2 * rng.standard_normal((len(y), 24)) for y in (label, new_label))
+        of = rng.integers(0, 30, 300)
+        x, y = np.concatenate([base, base[of] + 0.05 * rng.standard_normal((300, 24))]), np.append(label, label[of])
+        x, new = (np.float32(v / np.linalg.norm(v, axis=1, keepdims=True)) for v in (x, new))
+        m, _ = compare(x.astype(np.float16), rng.permutation(600), 10_000, 0)
+        halves = {
+            "all": np.arange(600),
+            "kept": np.argsort(m, kind="stable")[:300],
+            "random": rng.permutation(600)[:300],
+        }
+        for name, rows in halves.items():
+            found = forward(train(x[rows], y[rows], 10, 0, 30, seed), new).p.argmax(axis=1)
+            right[name].append(float((found == new_label).mean()))
+    mean = {name: np.mean(found) for name, found in right.items()}
+    assert mean["kept"] > mean["all"] - 0.01
+    assert mean["random"] < mean["all"] - 0.03
 
 
 def test_no_cosine_is_above_one() -> None:

@@ -64,6 +64,14 @@ def test_the_score_is_that_of_the_nearest_example_in_mapped_terms(tmp_path: Path
     assert mean["score"][0].as_py() == pytest.approx((0.6 + 7) / 2, abs=5e-3)
 
 
+def test_a_plain_cosine_is_that_of_the_directions_alone(tmp_path: Path) -> None:
+    """The toy of CLIP-score filtering: (1, 0) and (0.6, 0.8), whichever is the row, however long they are."""
+    for row, example in (((1, 0), (0.6, 0.8)), ((0.6, 0.8), (1, 0)), ((7, 0), (0.6, 0.8))):
+        arrays = {"vectors": np.float32([example]), "scale": np.ones(1, np.float32), "shift": np.zeros(1, np.float32)}
+        out = scored(tmp_path, np.array([row], float), **arrays)
+        assert out["score"][0].as_py() == pytest.approx(0.6, abs=5e-4)
+
+
 def test_one_threshold_serves_examples_of_different_reach_where_cosines_do_not() -> None:
     """A hub that is near to everything, and an example that only its own kind is near to."""
     rng = np.random.default_rng(0)

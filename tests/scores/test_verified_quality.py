@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline.curation import curate
 from pipeline.errors import TamisError
-from pipeline.scores.verified_quality import VerifiedQuality
+from pipeline.scores.verified_quality import VerifiedQuality, doubt
 
 pytest.importorskip("torch")
 
@@ -83,6 +84,7 @@ def test_pools_rank_clean_noisy_irrelevant_at_a_fifth_of_the_cost_of_a_model(rea
     by_name = {line["pool"]: line for line in found["pools"]}
     assert by_name["clean"]["loss"] < by_name["noisy"]["loss"] < by_name["irrelevant"]["loss"]
     assert (found["kept"], found["better_than_usual"]) == ("clean", True)
+    assert "Beware" not in (real["directory"] / "run/README.md").read_text()
     assert by_name["clean"]["gain"] == pytest.approx(found["usual"]["loss"] - by_name["clean"]["loss"])
     assert by_name["clean"]["gain_error"] is None  # one repeat
     assert 5 * found["steps"]["anneal"] <= found["steps"]["prior"]
@@ -121,8 +123,34 @@ def test_seeds_themselves_may_be_verified_and_none_better_is_warned_of(
     with caplog.at_level(logging.WARNING):
         found = run(tmp_path / "run", tmp_path / "corpus", target, pools=pools, sample=60, verify="seeds", share=1.0)
     assert (found["kept"], found["better_than_usual"]) == ("symbols", False)
-    assert "no pool taught the model more than the usual mix" in caplog.text
+    said = (
+        r"verified_quality: no pool taught the model more than the usual mix did, the best \(symbols\) -\d\.\d{4} nats"
+    )
+    assert re.search(said, caplog.text)
+    assert re.search(f"## Beware\n\n- {said}", (tmp_path / "run/README.md").read_text())
+    before = (tmp_path / "run/artifacts/verified_quality/artifact.json").stat().st_mtime_ns
+    with pytest.raises(TamisError, match=f"{said}.*lift `require_better`"):
+        run(
+            tmp_path / "run",
+            tmp_path / "corpus",
+            target,
+            pools=pools,
+            sample=60,
+            verify="seeds",
+            share=1.0,
+            require_better=True,
+        )
+    after = (tmp_path / "run/artifacts/verified_quality/artifact.json").stat().st_mtime_ns
+    assert before == after  # the verification is not made again
     assert "verified_quality.target: 5 rows of the corpus are target texts" in caplog.text
+
+
+@pytest.mark.parametrize(("gain", "error", "says"), [(0.2, 0.05, ""), (0.2, None, ""), (0.2, 0.15, "may be chance")])
+def test_a_gain_within_its_error_is_doubted(gain: float, error: float | None, says: str) -> None:
+    pools = [{"pool": "a", "gain": gain, "gain_error": error}]
+    found = doubt("verified_quality", {"kept": "a", "better_than_usual": True, "pools": pools})
+    assert says in found
+    assert bool(says) == bool(found)
 
 
 def test_a_pool_with_one_class_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pipeline import curate
 from pipeline.config import parse
 from pipeline.errors import ConfigError
+from pipeline.scores._proxy import bigram_loss
 from pipeline.select.compute import Law, Measured, betr_percent, choose, fit_law, tokens_seen
 
 E = 12.8e6
@@ -84,6 +85,30 @@ def errors(true: Law, bucket: int, noise: float = 0.0) -> Measured:
     seen = E * np.array([2, 4, 6, 8, 10])
     exact = np.array([single.error(n, [E]) for n in seen])
     return Measured(seen, exact * (1 + noise * np.random.default_rng(bucket).standard_normal(5)))
+
+
+def test_measured_models_want_wider_pools_with_more_to_read() -> None:
+    """The headline in spirit: four buckets of 40 texts in a made-up language, of which 0, 5, 10 and 20 % of the words
+    are noise; a bigram model reads n texts of the best p buckets (all of them where they have fewer)."""
+    bucket, held_out = 40, 160 + np.arange(200)
+    losses = np.zeros((3, 4))
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        following = rng.integers(0, 200, (200, 2))
+
+        def texts(rows: int, noise: float, rng: Any = rng, following: Any = following) -> Any:
+            at, out = rng.integers(0, 200, rows), []
+            for _ in range(20):
+                out.append(np.where(rng.random(rows) < noise, rng.integers(0, 200, rows), at))
+                at = following[at, (rng.random(rows) < 0.3).astype(int)]
+            return np.stack(out, axis=1)
+
+        words = np.concatenate([*(texts(bucket, noise) for noise in (0, 0.05, 0.1, 0.2)), texts(200, 0)]).ravel()
+        bits = bigram_loss(words, np.arange(0, len(words) + 1, 20), 200)
+        for i, seen in enumerate((10, 80, 160)):
+            pools = ([b * bucket + np.arange(min(bucket, seen // p)) for b in range(p)] for p in range(1, 5))
+            losses[i] += [bits(np.concatenate(pool), held_out) / 4 for pool in pools]
+    assert (1 + losses.argmin(axis=1)).tolist() == [1, 2, 3]
 
 
 def test_a_fit_recovers_what_made_the_errors() -> None:
