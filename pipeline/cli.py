@@ -133,29 +133,64 @@ def fit(
 
 
 @app.command()
+def compress(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    run: RunOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the result.")] = False,
+) -> None:
+    """Make a model smaller and heal it on a curated run: calibrate, cut, recover, write."""
+    from pipeline.compress.compression import compress as compress_model
+    from pipeline.compress.config import Compress
+    from pipeline.config import load_as
+    from pipeline.report.terminal import print_compressed
+
+    print_compressed(compress_model(load_as(Compress, config, overrides, run), quiet=quiet))
+
+
+@app.command()
 def compare(
-    config: Annotated[
-        str, typer.Option("--proxy", metavar="CONFIG", help="YAML file whose scores are compared, each alone.")
-    ],
+    config: ConfigPath,
+    proxy: Annotated[
+        bool, typer.Option("--proxy", help="Compare the scores of a curation, each alone, on a small model.")
+    ] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--plan", help="Cut the students, print what every arm can afford, train nothing.")
+    ] = False,
     target: Annotated[
-        list[str] | None, typer.Option("--target", metavar="FILE", help="Texts that the model is to be good at.")
+        list[str] | None,
+        typer.Option("--target", metavar="FILE", help="--proxy: texts that the model is to be good at."),
     ] = None,
-    at: Annotated[list[float] | None, typer.Option("--at", help="Budget, as a share of all tokens: 0.1.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Trainings of every arm.")] = None,
+    at: Annotated[
+        list[float] | None, typer.Option("--at", help="--proxy: budget, as a share of all tokens: 0.1.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="--proxy: trainings of every arm.")] = None,
     options: Annotated[
-        list[str] | None, typer.Option("--with", metavar="A.B=C", help="Set an option of the training: steps=500.")
+        list[str] | None,
+        typer.Option("--with", metavar="A.B=C", help="--proxy: set an option of the training: steps=500."),
     ] = None,
     overrides: Overrides = None,
     run: RunOption = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Train a small language model on the selection of each criterion and on random draws: which earns its cost?"""
-    from pipeline.compare.proxy import compare_proxy, settings
-    from pipeline.compare.verdict import print_comparison
-    from pipeline.config import load
+    """What do curation and pruning buy at equal FLOPs? With --proxy: which criterion earns its cost?"""
+    from pipeline.config import load, load_as
+    from pipeline.errors import ConfigError
 
-    proxy = settings(options or [], target=target, at=at, seeds=seeds)
-    print_comparison(compare_proxy(load(config, overrides, run), proxy, quiet=quiet))
+    if proxy:
+        from pipeline.compare.proxy import compare_proxy, settings
+        from pipeline.compare.verdict import print_comparison
+
+        chosen = settings(options or [], target=target, at=at, seeds=seeds)
+        print_comparison(compare_proxy(load(config, overrides, run), chosen, quiet=quiet))
+        return
+    if target or at or seeds or options:
+        raise ConfigError("--target, --at, --seeds and --with belong to --proxy; set keys of CONFIG with --set")
+    from pipeline.compare.matched import Matched, compare_matched
+    from pipeline.report.terminal import print_arms, print_matched
+
+    matched = load_as(Matched, config, overrides, run)
+    print_matched(compare_matched(matched, quiet, only_plan, show=None if quiet else print_arms))
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -139,3 +139,63 @@ def concept_scatter(concept: np.ndarray, rows: np.ndarray, kept: np.ndarray, ove
     ]
     drawing = el("svg", grid, mean, points, viewBox=f"0 0 {width} {height}", role="img", class_="scatter")
     return el("div", drawing, class_="scroll")
+
+
+PLOT = (420, 240, 52, 404, 10, 200)
+"""Width, height, and the left, right, top and base of what is drawn."""
+
+
+def _frame(
+    xs: Sequence[float], ys: Sequence[float], across: str, upwards: str
+) -> tuple[list[Html], Callable[[float], float], Callable[[float], float]]:
+    """Grid and labels of a plot, and where values lie on it."""
+    width, height, left, right, top, base = PLOT
+    margins = [0.05 * (max(v) - min(v)) or abs(max(v)) * 0.05 or 1.0 for v in (xs, ys)]
+    (x0, x1), (y0, y1) = ((min(v) - m, max(v) + m) for v, m in zip((xs, ys), margins, strict=True))
+
+    def x(value: float) -> float:
+        return left + (right - left) * (value - x0) / (x1 - x0)
+
+    def y(value: float) -> float:
+        return base - (base - top) * (value - y0) / (y1 - y0)
+
+    drawn = []
+    for value in ticks(y0, y1, 4):
+        drawn.append(el("line", class_="grid", x1=left, x2=right, y1=y(value), y2=y(value)))
+        drawn.append(el("text", number(value), class_="tick", x=left - 6, y=y(value) + 4, text_anchor="end"))
+    for value in ticks(x0, x1, 4):
+        drawn.append(el("text", number(value), class_="tick", x=x(value), y=base + 16, text_anchor="middle"))
+    drawn.append(el("line", class_="axis", x1=left, x2=right, y1=base, y2=base))
+    drawn.append(el("text", across, class_="tick", x=right, y=base + 34, text_anchor="end"))
+    drawn.append(el("text", upwards, class_="tick", x=left, y=top, text_anchor="start"))
+    return drawn, x, y
+
+
+def _hue(i: int, of: int) -> str:
+    return f"hsl({round(360 * i / max(1, of))} 65% 45%)"
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], across: str, upwards: str) -> Html:
+    """A line a series, each of (x, y) points, named at its end."""
+    if not series:
+        return el("p", "Nothing was trained.", class_="note")
+    points = [point for line in series.values() for point in line]
+    drawn, x, y = _frame([p[0] for p in points], [p[1] for p in points], across, upwards)
+    for i, (name, line) in enumerate(series.items()):
+        path = " ".join(f"{'M' if j == 0 else 'L'}{x(a):.1f} {y(b):.1f}" for j, (a, b) in enumerate(line))
+        colour = _hue(i, len(series))
+        title = el("title", f"{name}: {number(line[0][1])} to {number(line[-1][1])}")
+        drawn.append(el("path", title, d=path, fill="none", stroke=colour, stroke_width=1.6))
+        end = {"x": min(x(line[-1][0]) + 3, PLOT[3] - 2), "y": y(line[-1][1]) + 4}
+        drawn.append(el("text", name, class_="tick", fill=colour, **end))
+    return el("svg", drawn, viewBox=f"0 0 {PLOT[0]} {PLOT[1]}", role="img", class_="plot")
+
+
+def scatter(points: Mapping[str, tuple[float, float]], across: str, upwards: str) -> Html:
+    """A named point each, at (x, y)."""
+    drawn, x, y = _frame([p[0] for p in points.values()], [p[1] for p in points.values()], across, upwards)
+    for i, (name, (a, b)) in enumerate(points.items()):
+        title = el("title", f"{name}: {number(a)}, {number(b)}")
+        drawn.append(el("circle", title, cx=x(a), cy=y(b), r=4, fill=_hue(i, len(points))))
+        drawn.append(el("text", name, class_="tick", x=x(a) + 6, y=y(b) + 4))
+    return el("svg", drawn, viewBox=f"0 0 {PLOT[0]} {PLOT[1]}", role="img", class_="plot")

@@ -182,12 +182,12 @@ def sources(facts: Facts) -> list[Html]:
     return shown
 
 
-def concepts(facts: Facts, table: pa.Table) -> list[Html]:
-    table = table.take(np.argsort(-table["n"].to_numpy(), kind="stable"))
-    drawn = table.slice(0, CONCEPTS_DRAWN)
+def concepts(facts: Facts, every: pa.Table) -> list[Html]:
+    every = every.take(np.argsort(-every["n"].to_numpy(), kind="stable"))
+    drawn = every.slice(0, CONCEPTS_DRAWN)
     concept, there, kept = (drawn[name].to_numpy() for name in ("concept", "n", "kept_rows"))
     full = float((kept / np.maximum(there, 1)).max())
-    told = [n for n in ("d_intra", "d_inter", "complexity", "quota") if n in table.column_names]
+    told = [n for n in ("d_intra", "d_inter", "complexity", "quota") if n in every.column_names]
     lines = [
         [
             el("a", c["concept"], href=f"#concept-{c['concept']}"),
@@ -198,11 +198,11 @@ def concepts(facts: Facts, table: pa.Table) -> list[Html]:
             _bar(c["kept_rows"] / max(c["n"], 1), full, True, facts.overall),
             *(count(c[name]) if name == "quota" else f"{c[name]:.3f}" for name in told),
         ]
-        for c in table.slice(0, CONCEPTS_LISTED).to_pylist()
+        for c in every.slice(0, CONCEPTS_LISTED).to_pylist()
     ]
     heads = ["concept", "a row of it", "rows", "kept", "share kept", _scale(full), *told]
-    number_of = f"The {CONCEPTS_LISTED} largest of" if table.num_rows > CONCEPTS_LISTED else "All"
-    about = f"{number_of} {plural(table.num_rows, 'concept')}; artifacts/selection/concepts.parquet holds the table."
+    number_of = f"The {CONCEPTS_LISTED} largest of" if every.num_rows > CONCEPTS_LISTED else "All"
+    about = f"{number_of} {plural(every.num_rows, 'concept')}; artifacts/selection/concepts.parquet holds the table."
     quota = f" A quota counts {facts.selection.unit}." if "quota" in told else ""
     return [
         _overall(facts, "A point is a concept. "),
@@ -213,15 +213,16 @@ def concepts(facts: Facts, table: pa.Table) -> list[Html]:
 
 
 def rows(facts: Facts) -> list[Html]:
-    run, table = facts.run, facts.concepts
+    run, found_concepts = facts.run, facts.concepts
     about = "Random rows"
     shown = []
-    if table is None:
+    if found_concepts is None:
         shown = [_pair(found) for found in facts.sampled.values()]
     else:
         about = "Random rows of the largest concepts, and of those of which the most and the least is kept"
         known = {
-            c["concept"]: (c["n"], c["kept_rows"]) for c in table.select(["concept", "n", "kept_rows"]).to_pylist()
+            c["concept"]: (c["n"], c["kept_rows"])
+            for c in found_concepts.select(["concept", "n", "kept_rows"]).to_pylist()
         }
         for concept, found in sorted(facts.sampled.items(), key=lambda item: (-known[item[0]][0], item[0])):
             there, kept = known[concept]

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from pipeline.compare.ledger import Plan
+    from pipeline.compare.results import Results
+    from pipeline.compress.compression import Compressed
     from pipeline.curation import Curated
 
 PLAIN_WIDTH = 200
@@ -81,3 +84,41 @@ def print_failures(out: Console, failures: Sequence[dict[str, str]]) -> None:
         out.print(text(f"  {visible(failure['file'], 200)}{groups}: {visible(failure['reason'], 400)}"))
     if len(failures) > FAILURES_PRINTED:
         out.print(text(f"  and {count(len(failures) - FAILURES_PRINTED)} more: see `failed` in manifest.json"))
+
+
+def print_compressed(result: Compressed) -> None:
+    """The end of `tamis compress`: how small the model is, what it says of unseen text, where it is."""
+    out = console()
+    before, after = result.parameters
+    out.print(text(f"{count(before)} parameters to {count(after)} ({share(before - after, before)} removed).", "bold"))
+    out.print()
+    lines = [("dense", f"{result.dense:.4g}"), ("cut", f"{result.cut:.4g}")]
+    lines += [("healed", f"{result.healed:.4g}")] if result.healed is not None else []
+    print_table(out, ["", "bits per byte"], lines, "ln")
+    out.print()
+    out.print(text(f"Model   {result.folder}"))
+    out.print(text(f"Report  {result.report}"))
+
+
+def print_arms(plan: Plan) -> None:
+    """What every arm of a comparison can afford, before it starts."""
+    out = console()
+    out.print(text(f"Budget of every arm: {plan.budget:.4g} FLOPs.", "bold"))
+    out.print()
+    heads = ["arm", "before training", "a token", "tokens", "epochs", "scoring", "break-even keep", ""]
+    print_table(out, heads, plan.cells(), "lnnnnnnt")
+    out.print()
+
+
+def print_matched(results: Results) -> None:
+    """The end of `tamis compare`: language by arm, what made the difference, where the rest is."""
+    if not results.arms:
+        return
+    out = console()
+    for heads, lines in (results.language(), results.told()):
+        print_table(out, heads, lines, "l" * len(heads))
+        out.print()
+    for why in results.invalid:
+        out.print(text(f"Invalid: {why}", "bold red"))
+    out.print(text(f"Report  {results.page}"))
+    out.print(text(f"Tables  {results.directory}/matched.md, matched.json"))

@@ -12,11 +12,11 @@ Source: Broder 1997 for MinHash; the presets are those of FineWeb (14 bands of 8
 | refinedweb | .000 | .016 | .302 | .761 | .995 | 1.000 | 1.000 |
 
 Duplicates of duplicates are one group, so a chain of pages that share ever different boilerplate can join texts that
-have little in common: of 47,268 real documents, 2,278 pages made from one medical template became one group, with a
-median similarity of .57. `artifacts/<name>-groups/groups.json` names the largest groups, and one with over a hundredth
-of the rows is warned of. How texts become n-grams, and where that differs from the published code, stands in
-`pipeline.scores._minhash`. The scope is the whole corpus; FineWeb found one crawl at a time to be better for it, which
-here is a run for every crawl. Stored: 8 bytes a band and row, not the minima.
+have little in common: of 47,268 real documents, 2,350 pages made from one medical template became one group, with a
+median similarity of .55; by other seeds 1,900 to 2,200 of them. `artifacts/<name>-groups/groups.json` names the largest
+groups, and one with over a hundredth of the rows is warned of. How texts become n-grams, and where that differs from
+the published code, stands in `pipeline.scores._minhash`. The scope is the whole corpus; FineWeb found one crawl at a
+time to be better for it, which here is a run for every crawl. Stored: 8 bytes a band and row, not the minima.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class FuzzyDuplicates(Duplicates):
     """0 for one row of every group of near-duplicates, -1 for the others."""
 
     claim = "the only row, or the chosen one, of its near-duplicates: Jaccard of word 5-grams above about .7"
-    cost = "45 MB/s of text a core at 14 x 8 (bench/dedup.py), and 16 bytes a band and row regrouped"
+    cost = "75 MB/s of text a core at 14 x 8 (bench/dedup.py signatures), and 16 bytes a band and row regrouped"
     source = "Penedo et al. 2024 (FineWeb), arXiv 2406.17557; Broder 1997"
     kind: Literal["fuzzy_duplicates"] = "fuzzy_duplicates"
     preset: Literal["fineweb", "dclm", "refinedweb"] = Field("fineweb", description="bands x rows of a published set")
@@ -79,7 +79,7 @@ class FuzzyDuplicates(Duplicates):
         from rensa import RMinHash
 
         shape = (*self.shape, self.ngram, self.seed)
-        identity = fingerprint("minhash", 1, shape, RMinHash.ALGORITHM_VERSION, unicodedata.unidata_version)
+        identity = fingerprint("minhash", 2, shape, RMinHash.ALGORITHM_VERSION, unicodedata.unidata_version)
         fields = pa.schema([("bands", pa.list_(pa.uint64(), shape[0]))])
         name = f"minhash-{fingerprint(shape)[:12]}"
         return Column(name, ("text",), fields, partial(_open, *shape), identity)
@@ -96,14 +96,10 @@ def _open(bands: int, rows: int, ngram: int, seed: int) -> Transform:
     def sign(batch: pa.RecordBatch) -> pa.RecordBatch:
         texts = batch.column("text")
         keys = np.empty((len(texts), bands), np.uint64)
-        ascii_ = pc.string_is_ascii(texts).to_numpy(zero_copy_only=False)
-        for kind in (ascii_, ~ascii_):  # apart, because they go faster alone
-            where = np.flatnonzero(kind)
-            some = texts.take(pa.array(where))
-            before = np.cumsum(pc.binary_length(some).to_numpy(zero_copy_only=False), dtype=np.int64)
-            cuts = [0, *(np.flatnonzero(np.diff(before // PIECE_BYTES)) + 1).tolist(), len(some)]
-            for start, end in pairwise(cuts if len(some) else ()):
-                keys[where[start:end]] = band_keys(*shingles(some.slice(start, end - start), ngram), bands, rows, seed)
+        before = np.cumsum(pc.binary_length(texts).to_numpy(zero_copy_only=False), dtype=np.int64)
+        cuts = [0, *(np.flatnonzero(np.diff(before // PIECE_BYTES)) + 1).tolist(), len(texts)]
+        for start, end in pairwise(cuts if len(texts) else ()):
+            keys[start:end] = band_keys(*shingles(texts.slice(start, end - start), ngram), bands, rows, seed)
         values = pa.FixedSizeListArray.from_arrays(pa.array(keys.ravel()), bands)
         return pa.record_batch([values], ["bands"])
 

@@ -1,0 +1,1 @@
+"""How much from which layer: one file a rule."""

@@ -1,0 +1,1 @@
+"""What makes up for removed units before anything is trained: one file a method."""

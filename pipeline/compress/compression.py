@@ -1,0 +1,278 @@
+"""`tamis compress`, from a model and a curated run to a smaller model that was healed on it: read `compress` first.
+
+What it leaves in the run directory:
+
+    parent/        the model to begin with, where it was fetched or trained here
+    blocks/        token blocks: calibration, recovery, held_out (.npy)
+    cut/           the smaller model before it is healed
+    recover/       metrics.jsonl (a line a step) and checkpoints
+    model/         the result: safetensors, tokenizer, model card
+    compress.json  what was asked, what went where, what it measured
+
+The same command continues where it was broken off: `cut/` carries the fingerprint of what made it, the recovery its
+checkpoints.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.compare.measures.language import bits_per_byte
+from pipeline.compress import folder
+from pipeline.compress.calibration import Calibration
+from pipeline.compress.choice import choose
+from pipeline.compress.config import Compress
+from pipeline.compress.data import by_score, curated, handoff, pack_blocks, set_apart, sources
+from pipeline.compress.parent import parent_folder
+from pipeline.compress.steps._tokenizer import trimmed_fast
+from pipeline.compress.steps.base import Step
+from pipeline.compress.steps.vocab import Vocab
+from pipeline.corpus.storage import Store, is_remote
+from pipeline.engine import threads
+from pipeline.errors import ConfigError
+from pipeline.lock import RunLock
+from pipeline.models.files import folder_digest
+from pipeline.recipe import fingerprint
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+HELD_OUT_TOKENS = 65_536
+UNSEEN_TEXTS, UNSEEN_CHARS = 256, 4000
+"""Texts, and characters of each, that bits per byte are measured on, at the most."""
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Token blocks (n, length) int32 of one source: to choose calibration rows from, to heal on, to measure on."""
+
+    calibration: np.ndarray
+    recovery: np.ndarray
+    held_out: np.ndarray
+    unseen: list[str]
+    """Texts of `held_out`, some of them, to measure on."""
+    fingerprint: str
+
+
+@dataclass
+class Smaller:
+    """A model after its steps: masks of what must stay zero, the report of every step, tokens that were run."""
+
+    model: nn.Module
+    masks: dict[str, torch.Tensor] = field(default_factory=dict)
+    vocabulary: np.ndarray | None = None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    passes: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Where the result is, parameters before and after, and what the parent, the cut and the healed model (None where
+    nothing was healed) say of unseen texts of the data: bits per byte, which do not depend on the vocabulary."""
+
+    folder: str
+    report: str
+    parameters: tuple[float, float]
+    dense: float
+    cut: float
+    healed: float | None
+
+
+def compress(config: Compress, quiet: bool = False) -> Compressed:
+    """Make a model smaller and heal it, as a configuration says. Raises TamisError for all that a user can mend."""
+    if is_remote(config.run):
+        raise ConfigError(f"run: {config.run!r}: models are written to a directory of a file system, not to a store")
+    directory = Path(config.run).absolute()
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = RunLock(Store(str(directory)))
+    lock.acquire()
+    try:
+        with threads.limited(config.engine.cpus):
+            return _compress(config, directory, quiet)
+    finally:
+        lock.release()
+
+
+def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
+    began = time.monotonic()
+    parent = parent_folder(config.model, directory / "parent", config.held_out, config.seed)
+    model, tokenizer = folder.load(parent)
+    blocks = gather(config, tokenizer)
+    dense = language(model, tokenizer, blocks.unseen)
+    before = folder.count(model)
+
+    steps = [counting_in(step, config) for step in config.steps]
+    asked = {"steps": [s.model_dump(mode="json") for s in steps], "by": config.calibration.model_dump()}
+    identity = fingerprint("cut", VERSION, asked, folder_digest(parent), blocks.fingerprint)
+    place = directory / "cut"
+    report = _read(place / "tamis.json")
+    if report.get("fingerprint") != identity:
+        chosen = choose(config.calibration, model, steps, draws(config, tokenizer, blocks), blocks.held_out)
+        smaller = shrink(copy.deepcopy(model), steps, chosen.blocks, config.calibration.batch)
+        smaller.passes.update(chosen.passes)
+        report = {
+            "fingerprint": identity,
+            "steps": smaller.steps,
+            "calibration": chosen.about,
+            "passes": dict(smaller.passes),
+        }
+        if smaller.vocabulary is not None:
+            tokenizer = trimmed_fast(tokenizer, smaller.vocabulary)
+            report["vocabulary"] = smaller.vocabulary.tolist()
+        report["language"] = language(smaller.model, tokenizer, blocks.unseen)
+        card = _card(config, parent, blocks, before, folder.count(smaller.model, smaller.masks), report, dense)
+        folder.save(smaller.model, tokenizer, place, card, smaller.masks)
+        (place / "tamis.json").write_text(json.dumps(report, indent=2))
+    student, tokenizer = folder.load(place)
+    masks = folder.masks(place)
+    after = folder.count(student, masks)
+    vocabulary = np.array(report["vocabulary"], np.int64) if "vocabulary" in report else None
+    if vocabulary is not None:
+        blocks = gather(config, tokenizer)  # in the new tokens
+
+    healed = None
+    if config.recover:
+        from pipeline.compress.healing import heal
+
+        given = heal(
+            student,
+            config.recover,
+            blocks.recovery,
+            config.tokens,
+            teacher=model if config.recover.needs_teacher else None,
+            masks=masks,
+            vocabulary=vocabulary,
+            held_out=blocks.held_out,
+            directory=directory / "recover",
+            engine=config.engine,
+            callbacks=config.schedules,
+        )
+        student, masks, after = given.model, given.masks, folder.count(given.model, given.masks)
+        healed = language(student, tokenizer, blocks.unseen)
+    report |= {"healed": healed}
+    folder.save(
+        student, tokenizer, directory / "model", _card(config, parent, blocks, before, after, report, dense), masks
+    )
+    whole = report | {
+        "config": config.model_dump(mode="json"),
+        "data": blocks.fingerprint,
+        "dense": dense,
+        "before": before,
+        "after": after,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    Store(str(directory)).write(json.dumps(whole, indent=2).encode(), "compress.json")
+    where = (str(directory / "model"), str(directory / "compress.json"))
+    return Compressed(*where, (before["all"] or 0, after["all"] or 0), dense, report["language"], healed)
+
+
+def gather(config: Compress, tokenizer: PreTrainedTokenizerFast) -> Blocks:
+    """The blocks of the configured data; what is measured on is in neither of the others."""
+    to_calibrate, to_recover = sources(config.data, config.text)
+    length = config.calibration.length or config.length
+    measured, rest = set_apart(to_recover.texts(), config.held_out, config.seed)
+    if not len(measured):
+        raise ConfigError("held_out: no text of the data is set apart to measure on: raise the share")
+    _, calibration = set_apart(to_calibrate.texts(), config.held_out, config.seed)
+    wanted = config.calibration.rows * length * max(1, config.calibration.draws)
+    return Blocks(
+        pack_blocks(calibration, tokenizer, length, wanted, config.calibration.seed),
+        pack_blocks(rest, tokenizer, config.length, config.tokens, config.seed),
+        pack_blocks(measured, tokenizer, config.length, HELD_OUT_TOKENS, config.seed),
+        [text[:UNSEEN_CHARS] for text in measured.slice(0, UNSEEN_TEXTS).to_pylist()],
+        fingerprint(to_calibrate.fingerprint, to_recover.fingerprint, config.length, length, config.held_out),
+    )
+
+
+def shrink(model: nn.Module, steps: Sequence[Step], calibration: np.ndarray, batch: int) -> Smaller:
+    """Apply steps to a model, in place, each measuring on the calibration blocks what the one before left."""
+    done, batches = Smaller(model), Calibration.of_blocks(model, calibration, batch).batches
+    for step in steps:
+        measured = Calibration(done.model, batches)
+        began = time.monotonic()
+        outcome = step.apply(done.model, measured)
+        batches = measured.batches  # in other tokens, where the step changed the vocabulary
+        if outcome.adapters:
+            raise ConfigError(
+                f"steps: {step.kind}: a low-rank part beside a matrix has no place in a folder that others load: leave "
+                "low_rank out here, and heal with recover: {kind: perp}"
+            )
+        done.model, done.masks = outcome.model, done.masks | outcome.masks
+        done.vocabulary = outcome.vocabulary if outcome.vocabulary is not None else done.vocabulary
+        done.passes.update(measured.passes)
+        about = {"kind": step.kind, "seconds": round(time.monotonic() - began, 2), "dropped_rows": measured.dropped}
+        done.steps.append(about | outcome.report)
+    return done
+
+
+def counting_in(step: Step, config: Compress) -> Step:
+    """A vocabulary step counts tokens in the data that heal the model, unless it says where."""
+    if isinstance(step, Vocab) and step.corpus is None:
+        return step.model_copy(update={"corpus": config.data, "text": config.text})
+    return step
+
+
+def language(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
+    """Bits per byte, mean over texts."""
+    return bits_per_byte(model, tokenizer, texts, "unseen")[0].mean
+
+
+def draws(config: Compress, tokenizer: PreTrainedTokenizerFast, blocks: Blocks) -> dict[tuple[str, int], np.ndarray]:
+    """Calibration blocks for every way to choose them that the configuration names.
+
+    Random ones are drawn from the blocks, those of a score packed from the best rows of the run's curated set. Raises
+    ConfigError for a score that the run does not have.
+    """
+    wanted, found = config.calibration, {}
+    for way, seed in wanted.choices:
+        if way == "random":
+            order = np.random.default_rng(seed).permutation(len(blocks.calibration))
+            found[way, seed] = blocks.calibration[order[: wanted.rows]]
+            continue
+        if not isinstance(config.data, str) or handoff(config.data) is None:
+            raise ConfigError(
+                f"calibration.by: {way!r}: only a curated run knows scores of its rows: name one as `data`"
+            )
+        length = blocks.calibration.shape[1]
+        best = set_apart(iter([by_score(curated(config.data), way)]), config.held_out, config.seed)[1]
+        found[way, seed] = pack_blocks(best, tokenizer, length, wanted.rows * length, seed=None)
+    return found
+
+
+def _card(
+    config: Compress, parent: Path, blocks: Blocks, before: Any, after: Any, report: Mapping[str, Any], dense: float
+) -> dict[str, Any]:
+    return {
+        "parent": config.model if isinstance(config.model, str) else parent.name,
+        "data": config.data if isinstance(config.data, str) else ", ".join(config.data),
+        "data_fingerprint": blocks.fingerprint,
+        "before": before,
+        "after": after,
+        "steps": report["steps"],
+        "bits_per_byte": {"dense": dense, "cut": report["language"], "healed": report.get("healed")},
+        "recovered": config.recover.kind if config.recover else None,
+        "tokens": config.tokens if config.recover else 0,
+    }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found

@@ -1,0 +1,1 @@
+"""A number per unit: one file a criterion."""

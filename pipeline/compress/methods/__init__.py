@@ -1,0 +1,1 @@
+"""Published combinations of importance, allocation and compensation: one file a method."""

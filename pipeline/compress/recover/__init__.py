@@ -1,0 +1,1 @@
+"""Training that heals a model which was made smaller: one file a method."""

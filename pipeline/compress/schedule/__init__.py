@@ -1,0 +1,1 @@
+"""What happens to a model between the steps of its recovery: one file a method."""

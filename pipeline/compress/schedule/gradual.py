@@ -1,0 +1,52 @@
+"""Gradual structured pruning: units go at a few moments of the training, many at first, few at the end.
+
+The share that is gone after event i of n is s (1 - (1 - i / n)^3), the cubic of Zhu & Gupta (2017, arXiv 1710.01878),
+spread over the first `until` of the budget: an MLP of 48 neurons on its way to 24 in four events has 48, 34, 27, 24 and
+24. Scores and shares are measured anew each time, on the model as it is then; the optimizer's moments are cut with it.
+
+Before the end a step costs more than with a model that was cut at once: at equal FLOPs it sees fewer tokens (`shapes`
+of the metrics say when it measured what). Minitron found one cut no worse, SlimQwen (arXiv 2605.08738) found this
+better: run both.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, SerializeAsAny
+
+from pipeline.compress.schedule.base import Schedule
+from pipeline.compress.steps.base import Step
+from pipeline.config import recipe_in
+
+if TYPE_CHECKING:
+    from pipeline.compress.recover._session import Session
+    from pipeline.compress.recover.base import Setup
+    from pipeline.compress.schedule.base import Callback
+
+
+class Gradual(Schedule):
+    """A step of kind `width`, taken in parts."""
+
+    source: ClassVar[str] = "Zhu & Gupta 2017, arXiv 1710.01878, equation 1"
+    kind: Literal["gradual"] = "gradual"
+    step: SerializeAsAny[Annotated[Step, recipe_in("pipeline.compress.steps", Step)]]
+    events: int = Field(4, ge=1)
+    until: float = Field(0.5, gt=0, le=1, description="share of the budget at which the last part goes")
+    rows: int = Field(128, ge=1, description="training blocks that each part is measured on")
+    seed: int = Field(0, ge=0, description="which blocks these are")
+
+    def start(self, setup: Setup, session: Session) -> Callback:
+        from pipeline.compress.schedule._cutting import Cutter, check_whole, check_width
+
+        check_whole(self.kind, session)
+        step = check_width(self.kind, self.step)
+        moments = [
+            (self.until * i / self.events, step.ratio * cubic(i / self.events)) for i in range(1, self.events + 1)
+        ]
+        return Cutter(step, moments, setup, self.rows, self.seed)
+
+
+def cubic(progress: float) -> float:
+    """Share of the way, at a share of the time."""
+    return 1 - (1 - progress) ** 3

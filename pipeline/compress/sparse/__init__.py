@@ -1,0 +1,1 @@
+"""Which weights of a matrix go to zero: criteria, and methods that move the weights that stay as well."""

@@ -1,0 +1,219 @@
+"""`tamis compare` as its user runs it, on a model of a few thousand parameters."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from pipeline.compare import matched
+from pipeline.compare.arms import DESIGNS, by_chance, counts, from_scratch
+from pipeline.compare.flops import ModelShape
+from pipeline.compare.matched import Matched, compare_matched
+from pipeline.compare.results import Results
+from pipeline.compress import folder
+from pipeline.config import parse_as
+from pipeline.errors import ConfigError
+from tests.tiny_run import make_run
+
+SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "vocab": 300, "context": 32}
+SMALL = {"kind": "full", "lr": 1e-3, "batch": 4}
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return make_run(tmp_path_factory.mktemp("tiny_run"))
+
+
+def configured(run: str, directory: Path, **changes: Any) -> Matched:
+    base = {
+        "model": {
+            "train_on": str(Path(run).parent / "corpus.parquet"), "shape": SHAPE, "steps": 100, "batch": 8, "lr": 5e-3,
+        },
+        "curated": run,
+        "steps": [{"method": "llm_pruner", "ratio": 0.5}],
+        "recover": SMALL,
+        "distill": SMALL | {"kind": "distill"},
+        "calibration": {"rows": 4},
+        "tokens": 6400,
+        "length": 32,
+        "seeds": 2,
+        "held_out": 0.1,
+        "evaluate": {"items": 8, "made": ["retrieval"], "max_chars": 200},
+        "latency": {"repeats": 1, "batches": [1], "prompt": 8},
+        "engine": {"address": "inline"},
+        "run": str(directory),
+    }  # fmt: skip
+    return parse_as(Matched, base | changes)
+
+
+@pytest.fixture(scope="module")
+def done(tiny_run: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Matched, Results, list[Any]]:
+    config = configured(tiny_run, tmp_path_factory.mktemp("matched"), keep=["C"])
+    plans: list[Any] = []
+    return config, compare_matched(config, quiet=True, show=plans.append), plans
+
+
+def test_every_arm_spends_the_budget(done) -> None:
+    _, results, plans = done
+    assert len(plans) == 1  # before anything was trained
+    assert list(results.ledgers) == list(DESIGNS)
+    for ledger in results.ledgers.values():
+        assert ledger.spent() == pytest.approx(results.budget, rel=0.01)
+        assert not ledger.invalid(results.budget)
+
+
+def test_what_comes_before_training_comes_off_its_tokens(done) -> None:
+    _, results, _ = done
+    tokens = results.plan.tokens
+    assert tokens["E"] > tokens["F"] >= tokens["C"]  # scoring, then importance
+    assert tokens["C"] > tokens["D"]  # and the teacher
+    assert tokens["E"] > tokens["A"]  # the dense model is dearer a token
+    charged = {name: {c.kind for c in ledger.charges} for name, ledger in results.ledgers.items()}
+    assert "scoring" in charged["A'"]
+    assert "scoring" not in charged["B"]
+    assert {"importance", "scoring"} <= charged["C"]
+    assert "importance" not in charged["R"]
+
+
+def test_students_have_one_shape_whatever_they_were_calibrated_on(done) -> None:
+    config, _, _ = done
+    found = {ModelShape.of(folder.load(p)[0]).digest for p in Path(config.run).glob("students/*-*")}
+    assert len(found) == 1
+    assert len(list(Path(config.run).glob("students/*-*"))) == 3 * config.seeds
+
+
+def test_measures_effects_and_interaction(done) -> None:
+    _, results, _ = done
+    assert set(results.arms) == {"parent", "cut", *DESIGNS}
+    c = results.arms["C"].measures["bits_per_byte.curated"]
+    assert c.values.shape == (2, 8)
+    cut = results.arms["cut"].measures["bits_per_byte.curated"]
+    assert c.mean < cut.mean  # healing helps
+    assert results.arms["parent"].kl == pytest.approx(0, abs=1e-6) < results.arms["C"].kl
+    assert results.arms["D"].kl < results.arms["C"].kl  # who is taught stays closer to the teacher
+    assert results.arms["E"].measures["bits_per_byte.pool"].mean > results.arms["B"].measures["bits_per_byte.pool"].mean
+    assert {"bits_per_byte.pool", "bits_per_byte.curated"} <= results.interactions.keys()
+    effect = next(e for e in results.effects if (e.arm, e.over, e.measure) == ("B", "E", "bits_per_byte.pool"))
+    expected = (
+        results.arms["E"].measures["bits_per_byte.pool"].mean - results.arms["B"].measures["bits_per_byte.pool"].mean
+    )
+    assert effect.items.mean == pytest.approx(expected)  # positive: fewer bits
+
+
+def test_domains_are_those_of_the_corpus_and_nobody_trained_on_them(done) -> None:
+    config, results, _ = done
+    names = {m for m, axis, _ in results.measures() if axis == "language"}
+    assert {"bits_per_byte.pool, trees", "bits_per_byte.pool, birds"} <= names
+    _, tokenizer = folder.load(next(Path(config.run).glob("students/*-0")))
+    import pyarrow.parquet as pq
+
+    held = [t for f in Path(config.run).glob("held_out/*.parquet") for t in pq.read_table(f)["text"].to_pylist()]
+    trained = "".join(
+        tokenizer.decode(np.load(f).ravel().tolist()) for f in sorted(Path(config.run).glob("blocks/*.npy"))
+    )
+    whole = [t for t in held if len(t) > 60]
+    assert whole
+    assert not [t for t in whole if t in trained]
+
+
+def test_the_page_and_the_tables(done) -> None:
+    config, results, _ = done
+    page = Path(results.page).read_text()
+    assert "<script" not in page
+    assert "interaction (C - B) - (F - E)" in page
+    assert page.count("<svg") >= 3
+    told = (Path(config.run) / "compare" / "matched.md").read_text()
+    assert re.search(r"\| C \| cut, curated data \|", told)
+    found = json.loads((Path(config.run) / "compare" / "matched.json").read_text())
+    assert found["arms"]["C"]["measures"]["bits_per_byte.pool"]["seeds"]
+
+
+def test_a_second_call_trains_nothing(done, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, results, _ = done
+
+    def never(*args: Any) -> None:
+        raise AssertionError("it was trained before")
+
+    monkeypatch.setattr(matched, "_train", never)
+    again = compare_matched(config, quiet=True)
+    assert again.as_json()["effects"] == results.as_json()["effects"]
+
+
+def test_kept_models_load(done) -> None:
+    config, _, _ = done
+    model, _ = folder.load(Path(config.run) / "arms" / "C-0" / "model")
+    assert model.config.num_hidden_layers == 2
+    assert not (Path(config.run) / "arms" / "B-0" / "model").exists()
+
+
+def test_only_the_plan(tiny_run: str, tmp_path: Path) -> None:
+    results = compare_matched(configured(tiny_run, tmp_path), quiet=True, only_plan=True)
+    assert results.plan.tokens["E"] == 6400
+    assert not (tmp_path / "arms").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokens": 320}, "more than 1 %|exceed the budget"),
+        ({"steps": [{"method": "wanda", "ratio": 0.5}]}, "masks save none"),
+        ({"curated": "nowhere"}, "tamis curate"),
+    ],
+)
+def test_what_cannot_be_matched_is_refused_before_training(
+    tiny_run: str, tmp_path: Path, change: Any, told: str
+) -> None:
+    with pytest.raises(ConfigError, match=told):
+        compare_matched(configured(tiny_run, tmp_path, **change), quiet=True)
+    assert not (tmp_path / "arms").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"arms": ["A", "Z"]}, "no arm is called 'Z'"),
+        ({"flops": 1e9}, "name the budget once"),
+        ({"distill": SMALL}, "learns from no teacher"),
+    ],
+)
+def test_mistakes_are_told_at_the_door(tiny_run: str, tmp_path: Path, change: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        configured(tiny_run, tmp_path, **change)
+
+
+def test_from_scratch_is_new_and_of_the_seed(tiny_run: str) -> None:
+    import torch
+
+    from pipeline.models.training import Shape, new_lm
+
+    model = new_lm(Shape(**SHAPE), 0)
+    first, same, other = (from_scratch(model, seed) for seed in (1, 1, 2))
+    assert ModelShape.of(first).digest == ModelShape.of(model).digest
+    for (name, a), b, c, old in zip(
+        first.named_parameters(), same.parameters(), other.parameters(), model.parameters(), strict=True
+    ):
+        assert torch.equal(a, b)
+        if a.ndim > 1:
+            assert not torch.equal(a, c)
+            assert not torch.equal(a, old)
+            assert float(a.std()) == pytest.approx(0.02, rel=0.2), name
+        else:
+            assert (a == 1).all()
+
+
+def test_counts_fix_a_shape_and_chance_keeps_it() -> None:
+    from pipeline.compress.steps.width import Width
+
+    step = Width(ratio=0.5, importance="maw")
+    fixed = counts(step, {"kept": {"0.neuron": "7 of 12"}})
+    assert fixed.allocation.kept == {"0.neuron": 7}
+    chance = by_chance([fixed], 3)[0]
+    assert (chance.importance.kind, chance.importance.seed) == ("random", 3)
+    assert chance.allocation == fixed.allocation
