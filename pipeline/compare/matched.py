@@ -37,7 +37,7 @@ from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import Artifact, BuildTask
 from pipeline.compare.arms import CUT, DESIGNS, PARENT, Data, Design, by_chance, counts, from_scratch, per_token
-from pipeline.compare.flops import ModelShape, gradients, statistics
+from pipeline.compare.flops import ModelShape, full, gradients, hessian, hessian_solve, layerwise, statistics
 from pipeline.compare.ledger import Arm, Ledger, Plan, plan
 from pipeline.compare.measures.language import divergence
 from pipeline.compare.measures.latency import latency
@@ -51,6 +51,7 @@ from pipeline.compress.data import Source, curated, pack_blocks, parquet, set_ap
 from pipeline.compress.parent import parent_folder
 from pipeline.compress.recover.distill import Distill
 from pipeline.compress.recover.full import Full
+from pipeline.compress.steps.width import Width
 from pipeline.config import Config, EngineConfig, Model, parse
 from pipeline.corpus.storage import Store, is_remote
 from pipeline.curation import curate
@@ -75,6 +76,8 @@ DUPLICATES = ("exact_duplicates", "fuzzy_duplicates", "semantic_duplicates")
 DOMAIN_BYTES = 400_000
 """Text of each held-out domain that is measured on, at the most."""
 POOL = "pool"
+GRAM = {"obs", "refit", "scalar"}
+"""Parts of a width step that take Gram matrices."""
 
 
 class Matched(Model):
@@ -92,7 +95,9 @@ class Matched(Model):
     calibration: CalibrationData = CalibrationData()
     seeds: int = Field(3, ge=2, description="trainings of every arm")
     arms: tuple[str, ...] = Field(tuple(DESIGNS), min_length=2)
-    parent_tokens: float = Field(0.0, ge=0, description="tokens that the parent was trained on, for the full reading")
+    parent_tokens: float | None = Field(
+        None, ge=0, description="tokens that the parent was trained on, for the full reading (default: of a small one)"
+    )
     reuse: int = Field(1, ge=1, description="runs that share the scores, for the amortised reading")
     held_out: float = Field(0.02, gt=0, lt=0.5, description="share of the texts that is measured on, by hash")
     keep: tuple[str, ...] = Field((), description="arms whose models are kept, below arms/<arm>-<seed>/model")
@@ -191,6 +196,7 @@ def _compare(
         return results
 
     suite = suite_of(config, texts.held_out, directory / "held_out")
+    suite.contamination([texts.curated, *texts.random])  # warns
     task = ArmTask(config, str(parent), suite)
     units = units_of(config, planned, students, parent, blocks, texts, suite, directory / "arms")
     train(task, [u for u in units if not u.result.stored()], config.engine)
@@ -363,10 +369,7 @@ def make_plan(
         fixed: dict[Any, float] = {}
         if design.calibration:
             passes = [s.passes for (way, _), s in students.items() if way == design.calibration]
-            fixed["importance"] = max(
-                p.get("forward", 0) * statistics(dense, length) + p.get("backward", 0) * gradients(dense, length)
-                for p in passes
-            )
+            fixed["importance"] = max(importance_cost(config.steps, p, dense, length) for p in passes)
         if "curated" in (design.data, design.calibration):
             fixed["scoring"] = scored.total
         cost = recovery.cost(model, shapes["dense"][0])
@@ -381,6 +384,19 @@ def make_plan(
             )
         )
     return plan(budget, arms, config.length, scored.pool_tokens)  # a recovery ends with a step of fewer blocks
+
+
+def importance_cost(steps: Sequence[Any], passes: Mapping[str, int], dense: ModelShape, length: int) -> float:
+    """FLOPs of measuring and cutting, from the tokens that went through the model, at the dense model's rate.
+
+    Where Gram matrices are taken, so are their sums, factors and sweeps (evaluation.md, section 2).
+    """
+    parts = [part for s in steps if isinstance(s, Width) for part in (s.importance, s.compensation) if part]
+    forward, backward = passes.get("forward", 0), passes.get("backward", 0)
+    flops = forward * statistics(dense, length) + backward * gradients(dense, length)
+    if any(part.kind in GRAM for part in parts):
+        flops += forward * (hessian(dense, length) - layerwise(dense, length)) + hessian_solve(dense)
+    return flops
 
 
 def units_of(
@@ -493,7 +509,9 @@ def ledgers(
     config: Matched, planned: Plan, units: Sequence[Unit], dense: ModelShape, scored: Scored
 ) -> dict[str, Ledger]:
     """What every arm spent: what was planned before training, and the tokens that it trained on."""
-    found = {}
+    found, pretrained = {}, config.parent_tokens or 0.0
+    if config.parent_tokens is None and isinstance(config.model, Small):
+        pretrained = config.model.steps * config.model.batch * config.model.shape.context
     for line in planned.lines:
         arm, ledger = line.arm, Ledger(line.arm.name, config.reuse)
         for kind, flops in arm.fixed.items():
@@ -502,7 +520,7 @@ def ledgers(
         tokens = float(np.mean([_read(Path(u.result.store.path) / "result.json")["tokens"] for u in own]))
         ledger.charge("training", tokens, tokens * arm.per_token)
         if arm.parent:
-            ledger.charge("pretraining", config.parent_tokens, 3 * dense.forward(config.length) * config.parent_tokens)
+            ledger.charge("pretraining", pretrained, full(dense, config.length) * pretrained)
         found[arm.name] = ledger
     return found
 

@@ -228,7 +228,7 @@ def test_divergence_has_the_specifications_number() -> None:
 
 
 def test_a_trimmed_vocabulary_is_healed_in_its_own_tokens(tiny_run: str, tmp_path: Path) -> None:
-    steps = [{"kind": "vocab", "coverage": 0.9}, {"method": "maw", "ratio": 0.25}]
+    steps = [{"kind": "vocab", "coverage": 0.5}, {"method": "maw", "ratio": 0.25}]
     recover = {"kind": "distill", "lr": 1e-3, "batch": 8}
     result = compress(configured(tiny_run, tmp_path, steps=steps, recover=recover))
     model, tokenizer = folder.load(Path(result.folder))
