@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +57,7 @@ from pipeline.corpus.storage import Store, is_remote
 from pipeline.curation import curate
 from pipeline.engine import threads
 from pipeline.engine.connect import connect
+from pipeline.engine.progress import stage
 from pipeline.errors import ConfigError, TamisError
 from pipeline.lock import RunLock
 from pipeline.models.files import check_installed, folder_digest
@@ -67,8 +68,6 @@ from pipeline.select.config import Budget, Select
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerFast
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 DUPLICATES = ("exact_duplicates", "fuzzy_duplicates", "semantic_duplicates")
@@ -172,11 +171,14 @@ def compare_matched(
 def _compare(
     config: Matched, directory: Path, quiet: bool, only_plan: bool, show: Callable[[Plan], None] | None
 ) -> Results:
-    parent = parent_folder(config.model, directory / "parent", config.held_out, config.seed)
-    model, tokenizer = folder.load(parent)
+    with stage("parent", quiet):
+        parent = parent_folder(config.model, directory / "parent", config.held_out, config.seed)
+        model, tokenizer = folder.load(parent)
     sieved = sieve_of(config.curated)
-    texts = gather(config, sieved, directory, quiet)
-    students = cut_students(config, parent, model, tokenizer, texts, directory / "students")
+    with stage("random rows", quiet):
+        texts = gather(config, sieved, directory, quiet=True)
+    with stage("students", quiet):
+        students = cut_students(config, parent, model, tokenizer, texts, directory / "students")
     example = folder.load(Path(next(iter(students.values())).folder))[0]
     dense, small = ModelShape.of(model), ModelShape.of(example)
 
@@ -199,7 +201,7 @@ def _compare(
     suite.contamination([texts.curated, *texts.random])  # warns
     task = ArmTask(config, str(parent), suite)
     units = units_of(config, planned, students, parent, blocks, texts, suite, directory / "arms")
-    train(task, [u for u in units if not u.result.stored()], config.engine)
+    train(task, [u for u in units if not u.result.stored()], config.engine, quiet)
     speed = speeds({"dense": model, "student": example}, config.latency) if config.latency else {}
     judge(results, units, ledgers(config, planned, units, dense, scored), speed)
     results.write()
@@ -436,17 +438,20 @@ def recovery_of(config: Matched, design: Design, seed: int) -> Any:
     return (config.distill if design.taught else config.recover).model_copy(update=own)
 
 
-def train(task: ArmTask, units: Sequence[Unit], engine: EngineConfig) -> None:
+def train(task: ArmTask, units: Sequence[Unit], engine: EngineConfig, quiet: bool) -> None:
     """Train what has no result yet, a model a worker. Raises TamisError for the first that fails."""
     if not units:
         return
-    pool = connect(engine)
+    pool, told = connect(engine), 0
     try:
         for done in pool.map(task, units, Resources(cpus=engine.cpus, gpus=engine.gpus)):
             unit = units[done.index]
             if done.error:
                 raise TamisError(f"arm {unit.design.name}, seed {unit.seed}: {done.error}")
-            log.info("arm %s, seed %d: done", unit.design.name, unit.seed)
+            told += 1
+            if not quiet:
+                line = f"{told}/{len(units)}: arm {unit.design.name}, seed {unit.seed}"
+                print(line, file=sys.stderr, flush=True)
     finally:
         pool.close()
 

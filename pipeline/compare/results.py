@@ -44,6 +44,11 @@ class Measure:
         return float(self.values.mean())
 
     @property
+    def graded(self) -> bool:
+        """Whether all items are right (1) or wrong (0), so that flips can be counted."""
+        return bool(np.isin(self.values, (0, 1)).all())
+
+    @property
     def spread(self) -> float:
         """Standard deviation over seeds."""
         return float(self.values.mean(axis=1).std(ddof=1)) if len(self.values) > 1 else 0.0
@@ -123,7 +128,13 @@ class Results:
         return heads, lines
 
     def language(self) -> tuple[list[str], list[list[str]]]:
-        return self.measured("language")
+        """Heads and lines: what every arm came to on the pool and on the curated set, and its distance to the parent."""
+        heads = ["arm", "", "bits per byte, pool", "curated", "KL from the parent"]
+        lines = []
+        for arm in self.arms.values():
+            told = [_mean(arm.measures[name]) if name in arm.measures else "" for name in HEADLINE]
+            lines.append([arm.name, arm.about, *told, f"{arm.kl:.4f}"])
+        return heads, lines
 
     def measures(self) -> list[tuple[str, str, bool]]:
         """Name, axis and direction of all measures, by axis."""
@@ -218,7 +229,7 @@ def _arm(name: str, units: Sequence[Unit], parent: ArmResult | None, speed: dict
         measures[measure] = Measure(measure, about["axis"], about["higher_is_better"], np.stack(values))
     changed = {}
     for measure, own in measures.items():
-        if parent and np.isin(own.values, (0, 1)).all() and own.axis != "cost":
+        if parent and own.graded and parent.measures[measure].graded:
             each = [flips(parent.measures[measure].values[0], values) for values in own.values]
             changed[measure] = (float(np.mean([c.gained for c in each])), float(np.mean([c.lost for c in each])))
     about = DESIGNS[name].about if name in DESIGNS else {PARENT: "untouched", CUT: "as C, not healed"}[name]

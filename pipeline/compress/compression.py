@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -39,6 +38,7 @@ from pipeline.compress.steps.base import Step
 from pipeline.compress.steps.vocab import Vocab
 from pipeline.corpus.storage import Store, is_remote
 from pipeline.engine import threads
+from pipeline.engine.progress import stage
 from pipeline.errors import ConfigError
 from pipeline.lock import RunLock
 from pipeline.models.files import folder_digest
@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerFast
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 HELD_OUT_TOKENS = 65_536
@@ -110,8 +108,9 @@ def compress(config: Compress, quiet: bool = False) -> Compressed:
 
 def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     began = time.monotonic()
-    parent = parent_folder(config.model, directory / "parent", config.held_out, config.seed)
-    model, tokenizer = folder.load(parent)
+    with stage("parent", quiet):
+        parent = parent_folder(config.model, directory / "parent", config.held_out, config.seed)
+        model, tokenizer = folder.load(parent)
     blocks = gather(config, tokenizer)
     dense = language(model, tokenizer, blocks.unseen)
     before = folder.count(model)
@@ -122,8 +121,9 @@ def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     place = directory / "cut"
     report = _read(place / "tamis.json")
     if report.get("fingerprint") != identity:
-        chosen = choose(config.calibration, model, steps, draws(config, tokenizer, blocks), blocks.held_out)
-        smaller = shrink(copy.deepcopy(model), steps, chosen.blocks, config.calibration.batch)
+        with stage("cut", quiet):
+            chosen = choose(config.calibration, model, steps, draws(config, tokenizer, blocks), blocks.held_out)
+            smaller = shrink(copy.deepcopy(model), steps, chosen.blocks, config.calibration.batch)
         smaller.passes.update(chosen.passes)
         report = {
             "fingerprint": identity,
@@ -149,19 +149,20 @@ def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     if config.recover:
         from pipeline.compress.healing import heal
 
-        given = heal(
-            student,
-            config.recover,
-            blocks.recovery,
-            config.tokens,
-            teacher=model if config.recover.needs_teacher else None,
-            masks=masks,
-            vocabulary=vocabulary,
-            held_out=blocks.held_out,
-            directory=directory / "recover",
-            engine=config.engine,
-            callbacks=config.schedules,
-        )
+        with stage("heal", quiet):
+            given = heal(
+                student,
+                config.recover,
+                blocks.recovery,
+                config.tokens,
+                teacher=model if config.recover.needs_teacher else None,
+                masks=masks,
+                vocabulary=vocabulary,
+                held_out=blocks.held_out,
+                directory=directory / "recover",
+                engine=config.engine,
+                callbacks=config.schedules,
+            )
         student, masks, after = given.model, given.masks, folder.count(given.model, given.masks)
         healed = language(student, tokenizer, blocks.unseen)
     report |= {"healed": healed}

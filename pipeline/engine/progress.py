@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -71,3 +73,15 @@ class Progress:
             and ((seconds := time.monotonic() - self.started) >= WORTH_A_LINE_S or self.failed)
         ):
             self._line(f"{self.done}/{self.total} shards, {self._rate()}, done in {seconds:.1f} s")
+
+
+@contextmanager
+def stage(label: str, quiet: bool = False) -> Iterator[None]:
+    """Says what begins and how long it took: for work that has no units to count."""
+    started = time.monotonic()
+    if not quiet:
+        print(f"{label} ...", file=sys.stderr, flush=True)
+    yield
+    seconds = time.monotonic() - started
+    if not quiet and seconds >= WORTH_A_LINE_S:
+        print(f"{label}: done in {seconds:.1f} s", file=sys.stderr, flush=True)

@@ -20,8 +20,8 @@ and samples labels for the Fisher matrix, damping above 0, and passes over the c
 d_out^2 numbers a layer. Its scores are rows x queries: it explains single examples, it does not rank a corpus.
 
 Measured on one core (bench/gradients.py), against a loop of one row at a time with the gradients of all weights: on 64
-rows of 32 tokens and 0.23 M weights 6.1 times as fast for the gradients themselves, 6.3 for norms, 12.7 for the head,
-8.1 for adapters of rank 8, in CPU seconds beside much other work. There the loop is mostly overhead; where matrix
+rows of 32 tokens and 0.23 M weights 5.0 times as fast for the gradients themselves, 5.5 for norms, 11.9 for the head,
+7.3 for adapters of rank 8, in CPU seconds. There the loop is mostly overhead; where matrix
 products are the time, FLOPs decide: 1.5, 1.4, 4.4 and 1.9 on 32 rows of 128 tokens and 0.85 M weights. The losses of
 all tokens are a tenth of a batch unless they are one contiguous matrix: 9.4 ms as (n, V, T), 3.4 as (n * T, V).
 """

@@ -149,7 +149,7 @@ def _frame(
     xs: Sequence[float], ys: Sequence[float], across: str, upwards: str
 ) -> tuple[list[Html], Callable[[float], float], Callable[[float], float]]:
     """Grid and labels of a plot, and where values lie on it."""
-    width, height, left, right, top, base = PLOT
+    _, _, left, right, top, base = PLOT
     margins = [0.05 * (max(v) - min(v)) or abs(max(v)) * 0.05 or 1.0 for v in (xs, ys)]
     (x0, x1), (y0, y1) = ((min(v) - m, max(v) + m) for v, m in zip((xs, ys), margins, strict=True))
 

@@ -115,9 +115,10 @@ def print_matched(results: Results) -> None:
     if not results.arms:
         return
     out = console()
-    for heads, lines in (results.language(), results.told()):
-        print_table(out, heads, lines, "l" * len(heads))
-        out.print()
+    print_table(out, *results.language(), "llnnn")
+    out.print()
+    print_table(out, *results.told(), "lllllt")
+    out.print()
     for why in results.invalid:
         out.print(text(f"Invalid: {why}", "bold red"))
     out.print(text(f"Report  {results.page}"))
