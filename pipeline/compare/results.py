@@ -128,7 +128,7 @@ class Results:
         return heads, lines
 
     def language(self) -> tuple[list[str], list[list[str]]]:
-        """Heads and lines: what every arm came to on the pool and on the curated set, and its distance to the parent."""
+        """Heads and lines: what every arm came to on pool and curated set, and its distance to the parent."""
         heads = ["arm", "", "bits per byte, pool", "curated", "KL from the parent"]
         lines = []
         for arm in self.arms.values():
