@@ -208,6 +208,14 @@ def test_from_scratch_is_new_and_of_the_seed(tiny_run: str) -> None:
             assert (a == 1).all()
 
 
+def test_depth_by_chance_takes_as_many_blocks(tiny_run: str, tmp_path: Path) -> None:
+    steps = [{"kind": "depth", "method": "bi", "ratio": 0.5}]
+    config = configured(tiny_run, tmp_path, steps=steps, arms=["B", "R"], seeds=2)
+    compare_matched(config, quiet=True, only_plan=True)
+    found = [folder.load(p)[0].config.num_hidden_layers for p in sorted(tmp_path.glob("students/*-*"))]
+    assert found == [1] * 6  # curated, random and chance, two seeds each
+
+
 def test_counts_fix_a_shape_and_chance_keeps_it() -> None:
     from pipeline.compress.steps.width import Width
 

@@ -13,6 +13,7 @@ Methods (`method`):
 - `additive` (both): harms delta = E ||f - f_without||^2 on the output, one rerun a candidate, and a knapsack over them
   (LAPTOP-Diff, Zhang et al. 2024, arXiv 2404.11098). It assumes that harms add up: where the chosen set's harm is off
   the sum by more than `tolerance`, the choice is made greedily instead, and the report says so.
+- `random` (both): the control that the others have to beat.
 
 The first token of a row does not count in angles (a sink that dominates them), padding nowhere. States are those before
 the final norm. FinerCut's 0.4 and its 10 to 20 sequences are the paper's.
@@ -58,19 +59,20 @@ class Depth(Step):
     kind: Literal["depth"] = "depth"
     ratio: float = Field(ge=0, lt=1)
     units: Literal["block", "branch"] = "block"
-    method: Literal["bi", "angular", "contiguous", "finercut", "additive"] = "bi"
+    method: Literal["bi", "angular", "contiguous", "finercut", "additive", "random"] = "bi"
     iterative: bool | None = Field(None, description="look again after each removal; only finercut does by default")
     distance: Literal["fro", "angle", "jsd"] = Field("fro", description="finercut: between outputs")
     spare: float = Field(0.4, ge=0, le=1, description="finercut: share of first layers that go last")
     tolerance: float = Field(0.5, ge=0, description="additive: how far off the sum of the harms the set's may be")
     rows: int = Field(16, ge=1, description="finercut and additive: rows of calibration data that are rerun")
+    seed: int = Field(0, description="random: of the draw")
     layers: tuple[int, int | None] = Field((0, None), description="first layer that may go, and one behind the last")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.units == "branch" and self.method in ("bi", "angular", "contiguous"):
             raise ValueError(f"{self.method} looks at whole blocks: set units: block, or method: finercut or additive")
-        if self.iterative and self.method in ("contiguous", "additive"):
+        if self.iterative and self.method in ("contiguous", "additive", "random"):
             raise ValueError(f"{self.method} chooses all at once: remove iterative, or set method: finercut")
         return self
 
@@ -132,6 +134,8 @@ class Depth(Step):
         needed = np.array([what == "attention" for _, what in branches])
         if needed.sum() < sum(layer.attention is not None for layer in body.layers):
             needed[:] = False  # one stays anyway
+        if self.method == "random":
+            return one_shot(cost, np.random.default_rng(self.seed).random(len(branches)), target, needed), {}
         if self.method == "finercut":
             if self.iterative is False:
                 alone = harm(self.distance, (), range(len(branches)))
