@@ -149,7 +149,7 @@ def test_masks_are_kept_through_the_recovery(tiny_run: str, tmp_path: Path) -> N
         ({"steps": [{"method": "flop", "ratio": 0.2}]}, "unknown method 'flop'"),
         ({"steps": [{"kind": "width", "ratio": 1.5, "importance": "maw"}]}, "less than 1"),
         ({"steps": []}, "nothing makes the model smaller"),
-        ({"recover": None, "schedules": ["soft_shrinkage"]}, "name how"),
+        ({"recover": None, "schedules": [{"kind": "soft_shrinkage", "ratio": 0.5}]}, "name how"),
         ({"recover": {"kind": "fall"}}, "unknown kind 'fall'; did you mean 'full'"),
         ({"tokns": 5}, "did you mean 'tokens'"),
     ],
