@@ -118,6 +118,8 @@ class Matched(Model):
         check_installed("tamis compare", "models", "torch", "transformers", "safetensors")
         if (self.flops is None) == (self.tokens is None):
             raise ValueError("name the budget once: `flops`, or `tokens` that the student is trained on")
+        if self.calibration.by != "random" or self.calibration.draws > 1:
+            raise ValueError("calibration: every seed of an arm draws rows at random: leave out `by` and `draws`")
         if "D" in self.arms and not self.distill.needs_teacher:
             raise ValueError(f"distill: {self.distill.kind} learns from no teacher: leave out arm D or name `distill`")
         return self

@@ -180,6 +180,7 @@ def test_what_cannot_be_matched_is_refused_before_training(
     [
         ({"arms": ["A", "Z"]}, "no arm is called 'Z'"),
         ({"flops": 1e9}, "name the budget once"),
+        ({"calibration": {"by": "length"}}, "draws rows at random"),
         ({"distill": SMALL}, "learns from no teacher"),
     ],
 )
