@@ -186,7 +186,8 @@ def compare(
         return
     if target or at or seeds or options:
         raise ConfigError("--target, --at, --seeds and --with belong to --proxy; set keys of CONFIG with --set")
-    from pipeline.compare.matched import Matched, compare_matched
+    from pipeline.compare.config import Matched
+    from pipeline.compare.matched import compare_matched
     from pipeline.report.terminal import print_arms, print_matched
 
     matched = load_as(Matched, config, overrides, run)

@@ -110,7 +110,7 @@ def test_the_schema_for_editors_knows_every_built_in_kind() -> None:
     "file", sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")), ids=lambda f: f.stem
 )
 def test_every_shipped_configuration_is_valid(file: Path) -> None:
-    from pipeline.compare.matched import Matched
+    from pipeline.compare.config import Matched
     from pipeline.compress.config import Compress
 
     command = {"compress": Compress, "quickstart_model": Matched}.get(file.stem, Config)

@@ -20,8 +20,8 @@ runs count seeds, random draws and calibration draws together.
 
 from __future__ import annotations
 
-import copy
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,112 +30,38 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pydantic import Field, field_validator, model_validator
 
 from pipeline.artifact import Artifact, BuildTask
-from pipeline.compare.arms import CUT, DESIGNS, PARENT, Data, Design, by_chance, counts, from_scratch, per_token
+from pipeline.compare.arms import CUT, PARENT, Data, Design, from_scratch, per_token
+from pipeline.compare.config import Matched
 from pipeline.compare.flops import ModelShape, full, gradients, hessian, hessian_solve, layerwise, statistics
 from pipeline.compare.ledger import Arm, Ledger, Plan, plan
+from pipeline.compare.material import POOL, Student, Texts, cut_students, gather, sieve_of, suite_of, write_blocks
 from pipeline.compare.measures.language import divergence
 from pipeline.compare.measures.latency import latency
 from pipeline.compare.measures.suite import Latency, Suite, measure_all
 from pipeline.compare.results import Results, judge
 from pipeline.compare.scoring import Scored, scoring_cost
 from pipeline.compress import folder
-from pipeline.compress.compression import shrink
-from pipeline.compress.config import CalibrationData, RecoveryOf, Small, StepOf
-from pipeline.compress.data import Source, curated, pack_blocks, parquet, set_apart
+from pipeline.compress.config import Small
 from pipeline.compress.parent import parent_folder
-from pipeline.compress.recover.distill import Distill
-from pipeline.compress.recover.full import Full
+from pipeline.compress.place import read_json, working_in
 from pipeline.compress.steps.width import Width
-from pipeline.config import Config, EngineConfig, Model, parse
-from pipeline.corpus.storage import Store, is_remote
-from pipeline.curation import curate
+from pipeline.config import EngineConfig
+from pipeline.corpus.storage import Store
 from pipeline.engine import threads
 from pipeline.engine.connect import connect
 from pipeline.engine.progress import stage
-from pipeline.errors import ConfigError, TamisError
-from pipeline.lock import RunLock
-from pipeline.models.files import check_installed, folder_digest
+from pipeline.errors import TamisError
+from pipeline.models.files import folder_digest
 from pipeline.recipe import Resources, fingerprint
-from pipeline.scores.random import Random
-from pipeline.select.config import Budget, Select
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerFast
 
 VERSION = 1
-DUPLICATES = ("exact_duplicates", "fuzzy_duplicates", "semantic_duplicates")
-"""Scores that random rows pass as well, so that curation is not credited for deduplication."""
-DOMAIN_BYTES = 400_000
-"""Text of each held-out domain that is measured on, at the most."""
-POOL = "pool"
 GRAM = {"obs", "refit", "scalar"}
 """Parts of a width step that take Gram matrices."""
-
-
-class Matched(Model):
-    """A parent, what is cut from it, the data, and the budget that all arms share."""
-
-    model: str | Small = Field(description="the parent: folder, hf://org/name, or a small model to train here")
-    curated: str = Field(description="directory of a curated run; its corpus is the pool that random rows come from")
-    steps: list[StepOf] = Field(min_length=1, description="what makes the student: width, or depth by whole blocks")
-    recover: RecoveryOf = Full()
-    distill: RecoveryOf = Distill()
-    scratch_lr: float | None = Field(None, gt=0, description="learning rate from scratch (default: that of `recover`)")
-    flops: float | None = Field(None, gt=0, description="budget of every arm")
-    tokens: int | None = Field(None, ge=1, description="or: the budget is what training the student on so many takes")
-    length: int = Field(512, ge=8, description="tokens a block")
-    calibration: CalibrationData = CalibrationData()
-    seeds: int = Field(3, ge=2, description="trainings of every arm")
-    arms: tuple[str, ...] = Field(tuple(DESIGNS), min_length=2)
-    parent_tokens: float | None = Field(
-        None, ge=0, description="tokens that the parent was trained on, for the full reading (default: of a small one)"
-    )
-    reuse: int = Field(1, ge=1, description="runs that share the scores, for the amortised reading")
-    held_out: float = Field(0.02, gt=0, lt=0.5, description="share of the texts that is measured on, by hash")
-    keep: tuple[str, ...] = Field((), description="arms whose models are kept, below arms/<arm>-<seed>/model")
-    evaluate: Suite = Suite()
-    latency: Latency | None = Field(Latency(repeats=10), description="how speed is measured; null: not at all")
-    engine: EngineConfig = EngineConfig()
-    run: str
-    seed: int = 0
-
-    @field_validator("arms", "keep")
-    @classmethod
-    def _known(cls, arms: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [a for a in arms if a not in DESIGNS]:
-            raise ValueError(f"no arm is called {unknown[0]!r}; there are {', '.join(DESIGNS)}")
-        return tuple(name for name in DESIGNS if name in arms)
-
-    @model_validator(mode="after")
-    def _whole(self) -> Matched:
-        check_installed("tamis compare", "models", "torch", "transformers", "safetensors")
-        if (self.flops is None) == (self.tokens is None):
-            raise ValueError("name the budget once: `flops`, or `tokens` that the student is trained on")
-        if self.calibration.by != "random" or self.calibration.draws > 1:
-            raise ValueError("calibration: every seed of an arm draws rows at random: leave out `by` and `draws`")
-        if "D" in self.arms and not self.distill.needs_teacher:
-            raise ValueError(f"distill: {self.distill.kind} learns from no teacher: leave out arm D or name `distill`")
-        return self
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What is trained on: curated texts, and a draw of random ones a seed. What is measured on: texts by domain."""
-
-    curated: pa.Array
-    random: tuple[pa.Array, ...]
-    held_out: Mapping[str, pa.Array]
-    fingerprint: str
-
-    def of(self, data: Data, seed: int) -> pa.Array:
-        return self.curated if data == "curated" else self.random[seed]
 
 
 @dataclass(frozen=True)
@@ -157,17 +83,8 @@ def compare_matched(
 
     Raises ConfigError for what cannot be matched or afforded, and TamisError.
     """
-    if is_remote(config.run):
-        raise ConfigError(f"run: {config.run!r}: models are written to a directory of a file system, not to a store")
-    directory = Path(config.run).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(Store(str(directory)))
-    lock.acquire()
-    try:
-        with threads.limited(config.engine.cpus):
-            return _compare(config, directory, quiet, only_plan, show)
-    finally:
-        lock.release()
+    with working_in(config.run, config.engine.cpus) as directory:
+        return _compare(config, directory, quiet, only_plan, show)
 
 
 def _compare(
@@ -210,151 +127,6 @@ def _compare(
     return results
 
 
-def sieve_of(run: str) -> Config:
-    """The configuration of a curated run. Raises ConfigError where there is none."""
-    try:
-        manifest = json.loads(Store(run).read("manifest.json"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"curated: {run} is not a run: run `tamis curate` first") from error
-    if manifest.get("status") in (None, "running", "failed", "fitted"):
-        raise ConfigError(f"curated: {run} is not finished: run `tamis curate` on its configuration again")
-    return parse(manifest["config"])
-
-
-def gather(config: Matched, sieved: Config, directory: Path, quiet: bool) -> Texts:
-    """Curated and random texts without those that are measured on. As many random tokens as were curated, each seed.
-
-    The random rows are a curation of their own, by chance alone, of the same corpus: it passes the engine, and so does
-    a pool of any size.
-    """
-    kept = curated(config.curated)
-    selected = json.loads(Store(config.curated).read("artifacts", "selection", "selection.json"))
-    drawn = [
-        parquet([curate(by_luck(config, sieved, int(selected["tokens"]), s, directory), quiet=quiet).path], kept.column)
-        for s in range(config.seeds)
-    ]
-    split = [set_apart(source.texts(), config.held_out, config.seed) for source in (kept, *drawn)]
-    if not all(len(rest) for _, rest in split):
-        raise ConfigError("curated: nothing is left of it beside what is measured on: lower held_out")
-    held_out = domains(config, sieved, kept, drawn)
-    prints = fingerprint([kept.fingerprint, *(d.fingerprint for d in drawn)], config.held_out, config.seed)
-    return Texts(split[0][1], tuple(rest for _, rest in split[1:]), held_out, prints)
-
-
-def by_luck(config: Matched, sieved: Config, tokens: int, seed: int, directory: Path) -> Config:
-    """A curation of the same corpus by chance, deduplicated where the curated run was."""
-    copies = [s for s in sieved.scores if s.kind in DUPLICATES]
-    names = {s.column_name for s in copies}
-    select = Select(
-        budget=Budget(tokens=tokens),
-        weights={"random": 1.0},
-        floors={name: floor for name, floor in sieved.select.floors.items() if name in names},
-        seed=config.seed + seed,
-    )
-    own = {
-        "scores": [*copies, Random(seed=config.seed + seed)],
-        "select": select,
-        "run": str(directory / f"random-{seed}"),
-        "engine": config.engine,
-    }
-    if not any(s.needs != "text" for s in copies):
-        own |= {"embed": None, "cluster": None}
-    return sieved.model_copy(update=own)
-
-
-def domains(config: Matched, sieved: Config, kept: Source, drawn: Sequence[Source]) -> dict[str, pa.Array]:
-    """Held-out texts by domain: of the curated set, of the pool, and of each of its sources where they are named.
-
-    Raises ConfigError where the share leaves nothing to measure on.
-    """
-    column = sieved.corpus.source
-    apart = partial(set_apart, share=config.held_out, seed=config.seed)
-    found = {"curated": apart(kept.texts())[0]}
-    names = {"text": kept.column} | ({"source": column} if column else {})
-    rows = pa.concat_tables([pa.Table.from_batches(list(source.batches(names))) for source in drawn])
-    rows = rows.group_by(rows.schema.names).aggregate([])  # a row that several seeds drew counts once
-    found[POOL] = apart(iter(rows["text"].chunks))[0]
-    for name in sorted(rows["source"].drop_null().unique().to_pylist()) if column else ():
-        found[f"pool, {name}"] = apart(iter(rows.filter(pc.equal(rows["source"], name))["text"].chunks))[0]
-    if missing := next((name for name in ("curated", POOL) if not len(found[name])), None):
-        raise ConfigError(f"held_out: no text of the {missing} set is left to measure on: raise the share")
-    return {name: texts for name, texts in found.items() if len(texts)}
-
-
-def suite_of(config: Matched, held_out: Mapping[str, pa.Array], directory: Path) -> Suite:
-    """What is measured: the configured suite; without domains of its own the held-out ones, a Parquet file each."""
-    if config.evaluate.domains:
-        return config.evaluate
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {}
-    for i, (name, texts) in enumerate(held_out.items()):
-        sizes = np.cumsum(pc.binary_length(texts).to_numpy())
-        few = texts.slice(0, max(1, int(np.searchsorted(sizes, DOMAIN_BYTES))))
-        paths[name] = (str(directory / f"{i:02d}.parquet"),)
-        pq.write_table(pa.table({"text": few}), paths[name][0])
-    return config.evaluate.model_copy(update={"domains": paths, "text": "text"})
-
-
-@dataclass(frozen=True)
-class Student:
-    """A cut model on disk, and the tokens that were run to cut it."""
-
-    folder: str
-    passes: dict[str, int]
-
-
-def cut_students(
-    config: Matched, parent: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Texts, directory: Path
-) -> dict[tuple[str, int], Student]:
-    """Every student that the arms begin with, by what it is calibrated on (or `chance`) and seed; all of one shape.
-
-    The shape is that of the first curated calibration; the others get its counts.
-    """
-    needed = {("chance" if d.start == "chance" else str(d.calibration)) for d in _arms(config) if d.start != "dense"}
-    ways = [w for w in ("curated", "random", "chance") if w == "curated" or w in needed]
-    length = config.calibration.length or config.length
-    found: dict[tuple[str, int], Student] = {}
-    steps: Sequence[Any] = config.steps
-    for way in ways:
-        for seed in range(config.seeds):
-            own = by_chance(steps, config.seed + seed) if way == "chance" else steps
-            place = directory / f"{way}-{seed}"
-            data: Data = "random" if way == "random" else "curated"
-            asked = [s.model_dump(mode="json") for s in own]
-            calibration = config.calibration.model_dump(mode="json")
-            made_of = (folder_digest(parent), texts.fingerprint)
-            identity = fingerprint("student", VERSION, asked, calibration, length, *made_of)
-            done = _read(place / "student.json")
-            if done.get("fingerprint") != identity:
-                wanted, drawn = config.calibration, texts.of(data, seed)
-                blocks = pack_blocks(drawn, tokenizer, length, wanted.rows * length, wanted.seed + seed)
-                smaller = shrink(copy.deepcopy(model), own, blocks, config.calibration.batch)
-                if smaller.masks or smaller.vocabulary is not None:
-                    counts(own[0], {})  # says why such a step cannot be matched
-                folder.save(smaller.model, tokenizer, place, {"steps": smaller.steps})
-                done = {"fingerprint": identity, "passes": dict(smaller.passes), "steps": smaller.steps}
-                (place / "student.json").write_text(json.dumps(done, indent=2))
-            if not found:
-                steps = [counts(s, r) for s, r in zip(config.steps, done["steps"], strict=True)]
-            found[way, seed] = Student(str(place), done["passes"])
-    return found
-
-
-def write_blocks(
-    config: Matched, tokenizer: PreTrainedTokenizerFast, texts: Texts, tokens: int, directory: Path
-) -> dict[tuple[Data, int], tuple[str, int]]:
-    """Blocks of each data and seed as .npy, with how many tokens they hold: at most `tokens`, in an order a seed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[Data, int], tuple[str, int]] = {}
-    for data in ("curated", "random"):
-        for seed in range(config.seeds):
-            blocks = pack_blocks(texts.of(data, seed), tokenizer, config.length, tokens, config.seed + seed)
-            path = directory / f"{data}-{seed}.npy"
-            np.save(path, blocks, allow_pickle=False)
-            found[data, seed] = (str(path), blocks.size)
-    return found
-
-
 def make_plan(
     config: Matched,
     budget: float,
@@ -367,7 +139,7 @@ def make_plan(
     dense = shapes["dense"][1]
     length = config.calibration.length or config.length
     arms = []
-    for design in _arms(config):
+    for design in config.designs:
         model, shape = shapes["dense" if design.start == "dense" else "student"]
         recovery = config.distill if design.taught else config.recover
         fixed: dict[Any, float] = {}
@@ -377,6 +149,9 @@ def make_plan(
         if "curated" in (design.data, design.calibration):
             fixed["scoring"] = scored.total
         cost = recovery.cost(model, shapes["dense"][0])
+        if cost.measured:  # blocks that go forward before the training
+            before = cost.measured * config.length * shape.forward(config.length)
+            fixed["importance"] = fixed.get("importance", 0.0) + before
         arms.append(
             Arm(
                 design.name,
@@ -384,7 +159,7 @@ def make_plan(
                 fixed,
                 min(size for (data, _), (_, size) in blocks.items() if data == design.data),
                 "" if design.start == "dense" else shape.digest,
-                parent=design.start not in ("scratch",) or design.taught,
+                parent=design.start != "scratch" or design.taught,
             )
         )
     return plan(budget, arms, config.length, scored.pool_tokens)  # a recovery ends with a step of fewer blocks
@@ -416,14 +191,21 @@ def units_of(
     """Every training, and the references, which train on nothing."""
     references = [Design(PARENT, "dense", "random"), Design(CUT, "cut", "curated", "curated")]
     units = []
-    for design in [*references, *_arms(config)]:
+    for design in [*references, *config.designs]:
         for seed in range(1 if design.name == PARENT else config.seeds):
             way = "chance" if design.start == "chance" else (design.calibration or "curated")
             start = str(parent) if design.start == "dense" else students[way, seed].folder
-            path, _ = blocks[design.data, seed]
+            path, size = blocks[design.data, seed]
             tokens = planned.tokens.get(design.name, 0)
             recovery = recovery_of(config, design, seed)
-            made_of = (folder_digest(Path(start)), folder_digest(parent), texts.fingerprint, config.length, tokens)
+            made_of = (
+                folder_digest(Path(start)),
+                folder_digest(parent),
+                texts.fingerprint,
+                config.length,
+                size,
+                tokens,
+            )
             asked = (recovery.model_dump(mode="json"), suite.model_dump(mode="json"), design.name in config.keep)
             identity = fingerprint("arm", VERSION, design.start, *made_of, *asked)
             name = f"{design.name.replace(chr(39), '2')}-{seed}"
@@ -483,24 +265,26 @@ def _train(task: ArmTask, unit: Unit, directory: Path) -> None:
         model = from_scratch(model, config.seed + unit.seed)
     blocks = np.load(unit.blocks, mmap_mode="r", allow_pickle=False)
     facts: dict[str, Any] = {"tokens": 0}
+    work: Path | None = None
     if unit.tokens:
         work = Path(unit.result.store.path).parent.parent / "training" / unit.result.fingerprint
         recovery = recovery_of(config, design, unit.seed)
         done = heal(model, recovery, blocks, unit.tokens, teacher=dense if design.taught else None, directory=work)
         model = done.model
         facts |= {"tokens": done.tokens}
-        (directory / "metrics.jsonl").write_bytes(Path(done.metrics).read_bytes())
+        (directory / "metrics.jsonl").write_bytes(done.metrics.read_bytes())
     if design.name in config.keep:
         folder.save(model, tokenizer, directory / "model", {"arm": f"{design.name}: {design.about}", **facts})
     values = measure_all(model, tokenizer, task.suite)
-    if (pool := next(iter(task.suite.domains), None)) is not None:
-        values["kl"] = divergence(
-            dense, model, tokenizer, task.suite.texts(POOL if POOL in task.suite.domains else pool)
-        )
+    if domains := list(task.suite.domains):
+        texts = task.suite.texts(POOL if POOL in domains else domains[0])
+        values["kl"] = divergence(dense, model, tokenizer, texts)
     facts["measures"] = {n: {"axis": m.axis, "higher_is_better": m.higher_is_better} for n, m in values.items()}
     facts |= {"parameters": model.num_parameters(), "flops_per_token": ModelShape.of(model).forward(config.length)}
-    np.savez(directory / "values.npz", **{name: m.values for name, m in values.items()})  # type: ignore[arg-type]
+    np.savez(directory / "values.npz", **{n: m.values for n, m in values.items()})  # type: ignore[arg-type]  # keywords are arrays
     (directory / "result.json").write_text(json.dumps(facts, indent=2))
+    if work:
+        shutil.rmtree(work)  # its checkpoints were for the case that this process ends before here
 
 
 def speeds(models: Mapping[str, nn.Module], wanted: Latency) -> dict[str, dict[str, float]]:
@@ -524,21 +308,9 @@ def ledgers(
         for kind, flops in arm.fixed.items():
             ledger.charge(kind, scored.pool_tokens if kind == "scoring" else 0, flops)
         own = [u for u in units if u.design.name == arm.name]
-        tokens = float(np.mean([_read(Path(u.result.store.path) / "result.json")["tokens"] for u in own]))
+        tokens = float(np.mean([read_json(Path(u.result.store.path) / "result.json")["tokens"] for u in own]))
         ledger.charge("training", tokens, tokens * arm.per_token)
         if arm.parent:
             ledger.charge("pretraining", pretrained, full(dense, config.length) * pretrained)
         found[arm.name] = ledger
-    return found
-
-
-def _arms(config: Matched) -> list[Design]:
-    return [DESIGNS[name] for name in config.arms]
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
     return found

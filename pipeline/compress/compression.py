@@ -33,14 +33,13 @@ from pipeline.compress.choice import choose
 from pipeline.compress.config import Compress
 from pipeline.compress.data import by_score, curated, handoff, pack_blocks, set_apart, sources
 from pipeline.compress.parent import parent_folder
+from pipeline.compress.place import read_json, working_in
 from pipeline.compress.steps._tokenizer import trimmed_fast
 from pipeline.compress.steps.base import Step
 from pipeline.compress.steps.vocab import Vocab
-from pipeline.corpus.storage import Store, is_remote
-from pipeline.engine import threads
+from pipeline.corpus.storage import Store
 from pipeline.engine.progress import stage
 from pipeline.errors import ConfigError
-from pipeline.lock import RunLock
 from pipeline.models.files import folder_digest
 from pipeline.recipe import fingerprint
 
@@ -93,17 +92,8 @@ class Compressed:
 
 def compress(config: Compress, quiet: bool = False) -> Compressed:
     """Make a model smaller and heal it, as a configuration says. Raises TamisError for all that a user can mend."""
-    if is_remote(config.run):
-        raise ConfigError(f"run: {config.run!r}: models are written to a directory of a file system, not to a store")
-    directory = Path(config.run).absolute()
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = RunLock(Store(str(directory)))
-    lock.acquire()
-    try:
-        with threads.limited(config.engine.cpus):
-            return _compress(config, directory, quiet)
-    finally:
-        lock.release()
+    with working_in(config.run, config.engine.cpus) as directory:
+        return _compress(config, directory, quiet)
 
 
 def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
@@ -119,7 +109,7 @@ def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     asked = {"steps": [s.model_dump(mode="json") for s in steps], "by": config.calibration.model_dump()}
     identity = fingerprint("cut", VERSION, asked, folder_digest(parent), blocks.fingerprint)
     place = directory / "cut"
-    report = _read(place / "tamis.json")
+    report = read_json(place / "tamis.json")
     if report.get("fingerprint") != identity:
         with stage("cut", quiet):
             chosen = choose(config.calibration, model, steps, draws(config, tokenizer, blocks), blocks.held_out)
@@ -269,11 +259,3 @@ def _card(
         "recovered": config.recover.kind if config.recover else None,
         "tokens": config.tokens if config.recover else 0,
     }
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found

@@ -21,7 +21,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -31,14 +31,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.compress.recover import _checkpoint, _losses, _optimizer
-from pipeline.compress.recover._session import causal
+from pipeline.compress.recover._admission import check, identity
 from pipeline.compress.recover._shapes import Shapes, shapes, take
+from pipeline.compress.recover._workers import under_ray
 from pipeline.compress.recover.base import Recovery, Setup, rate
 from pipeline.compress.schedule.base import Schedule
 from pipeline.config import EngineConfig
-from pipeline.engine import threads
-from pipeline.errors import ConfigError, MissingExtra, TamisError
-from pipeline.recipe import fingerprint
+from pipeline.errors import TamisError
 
 if TYPE_CHECKING:
     import torch
@@ -115,21 +114,21 @@ def heal(
     Raises ConfigError where the recovery, the model and the data do not fit together, and TamisError for a loss that is
     not finite.
     """
-    blocks = np.load(blocks, mmap_mode="r") if isinstance(blocks, Path) else blocks
+    blocks = np.load(blocks, mmap_mode="r", allow_pickle=False) if isinstance(blocks, Path) else blocks
     setup = Setup(
         student.float(), blocks, teacher, dict(masks or {}), vocabulary, held_out,
         domains, held_out_domains,
     )  # fmt: skip
-    _check(setup, recovery, tokens)
+    check(setup, recovery, tokens)
     directory = Path(directory).absolute()
     directory.mkdir(parents=True, exist_ok=True)
-    job = Job(recovery, setup, tokens, directory, tuple(callbacks), _identity(recovery, setup, tokens, callbacks))
+    job = Job(recovery, setup, tokens, directory, tuple(callbacks), identity(recovery, setup, tokens, callbacks))
     if engine is None or engine.address == "inline":
         training = Training(job, Place("cuda" if engine and engine.gpus and _cuda() else "cpu"))
         training.run()
         return training.end()
     _checkpoint.newest(directory / CHECKPOINTS, job.identity)  # removes another training's before workers look
-    _under_ray(job, engine)
+    under_ray(job, engine)
     return Training(job, Place()).end()  # what the workers left in the directory
 
 
@@ -451,56 +450,6 @@ def loss_sum(model: nn.Module, blocks: np.ndarray, place: Place = Place()) -> tu
     return total, int((blocks[:, 1:] >= 0).sum())
 
 
-def _check(setup: Setup, recovery: Recovery, tokens: int) -> None:
-    """What would fail late, or silently."""
-    causal(setup.student, recovery.kind)
-    rows = setup.student.get_input_embeddings().weight.shape[0]
-    for name, blocks in (("blocks", setup.blocks), ("held_out", setup.held_out)):
-        if blocks is None:
-            continue
-        if blocks.ndim != 2 or not len(blocks) or blocks.shape[1] < 2 or blocks.dtype.kind not in "iu":
-            raise ConfigError(
-                f"recovery: {name}: {blocks.dtype} of shape {blocks.shape} are no blocks (n, tokens) of token ids"
-            )
-        if (largest := int(blocks.max())) >= rows:
-            raise ConfigError(
-                f"recovery: {name}: token id {largest}, where the student knows {rows}: the blocks were made with "
-                "another tokenizer"
-            )
-    if tokens < setup.blocks.shape[1]:
-        raise ConfigError(f"recovery: {tokens} tokens do not pay one block of {setup.blocks.shape[1]}: raise tokens")
-    if recovery.needs_teacher and setup.teacher is None:
-        raise ConfigError(f"recovery: {recovery.kind} needs a teacher: the model before it was made smaller")
-    if recovery.patience is not None and setup.held_out is None:
-        raise ConfigError("recovery: patience needs held-out blocks to measure on")
-    for name, of, domains in (
-        ("domains", setup.blocks, setup.domains), ("held_out_domains", setup.held_out, setup.held_out_domains)
-    ):  # fmt: skip
-        if domains is not None and (of is None or len(domains) != len(of)):
-            raise ConfigError(f"recovery: {name}: {len(domains)} for {0 if of is None else len(of)} blocks")
-
-
-def _identity(recovery: Recovery, setup: Setup, tokens: int, schedules: Sequence[Schedule]) -> str:
-    """Of everything that determines the result, so that no checkpoint of another training is gone on from."""
-    settings = recovery.model_dump(mode="json", exclude={"checkpoint_every"})
-    arrays = [setup.blocks, setup.vocabulary, setup.held_out, setup.domains, setup.held_out_domains]
-    models = [setup.student, setup.teacher] if setup.teacher is not None else [setup.student]
-    weights = [{n: _digest(t) for n, t in model.state_dict().items()} for model in models]
-    masks = {n: _digest(m) for n, m in setup.masks.items()}
-    data = [None if a is None else _digest(a) for a in arrays]
-    return fingerprint("recovery", settings, tokens, [s.identity() for s in schedules], data, weights, masks)
-
-
-def _digest(values: Any) -> str:
-    import torch
-    import xxhash
-
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()  # NumPy has no bfloat16
-    array = np.ascontiguousarray(values)
-    return f"{array.shape} {array.dtype} {xxhash.xxh3_128_hexdigest(array.data)}"
-
-
 def _tensor(array: np.ndarray) -> torch.Tensor:
     import torch
 
@@ -522,61 +471,3 @@ def _autocast(place: Place) -> Any:
     import torch
 
     return torch.autocast(place.device.partition(":")[0], torch.bfloat16, enabled=place.device.startswith("cuda"))
-
-
-def _under_ray(job: Job, engine: EngineConfig) -> None:
-    """Run a training on Ray Train's workers. Raises TamisError with what the last try failed of."""
-    try:
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
-    except ImportError as error:
-        raise MissingExtra("recovery under Ray", "models", error.name or "ray[train]") from error
-    import ray
-
-    from pipeline.engine.connect import connect
-
-    pool = connect(engine)
-    try:
-        resources = {"CPU": engine.cpus} | ({"GPU": engine.gpus} if engine.gpus else {})
-        trainer = TorchTrainer(
-            _work,
-            train_loop_config={"job": ray.put(job), "cpus": engine.cpus},
-            scaling_config=ScalingConfig(
-                num_workers=engine.workers or 1, use_gpu=engine.gpus > 0, resources_per_worker=resources
-            ),
-            torch_config=TorchConfig(backend="nccl" if engine.gpus else "gloo"),
-            run_config=RunConfig(
-                name="recovery",
-                storage_path=str(job.directory / "ray"),
-                failure_config=FailureConfig(max_failures=engine.retries),
-            ),
-        )
-        trainer.fit()
-    except Exception as error:
-        known = next((cause for cause in _causes(error) if isinstance(cause, TamisError)), None)
-        raise known or TamisError(f"the recovery failed under Ray: {error}") from error
-    finally:
-        pool.close()
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and what lies under it: Ray Train wraps what a worker raised, and keeps one for each of them."""
-    yield error
-    beneath = [*getattr(error, "worker_failures", {}).values(), getattr(error, "_base_exc", None), error.__cause__]
-    for each in beneath:
-        if each is not None:
-            yield from _causes(each)
-
-
-def _work(config: dict[str, Any]) -> None:
-    """What a worker of Ray Train does."""
-    import ray
-    import torch
-    from ray import train
-    from ray.train.torch import get_device
-
-    threads.prepare_process(config["cpus"])
-    torch.set_num_threads(threads.cpus())
-    context = train.get_context()
-    place = Place(str(get_device()), context.get_world_rank(), context.get_world_size())
-    Training(ray.get(config["job"]), place).run()

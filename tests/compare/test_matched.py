@@ -14,8 +14,9 @@ pytest.importorskip("torch")
 
 from pipeline.compare import matched
 from pipeline.compare.arms import DESIGNS, by_chance, counts, from_scratch
+from pipeline.compare.config import Matched
 from pipeline.compare.flops import ModelShape
-from pipeline.compare.matched import Matched, compare_matched
+from pipeline.compare.matched import compare_matched
 from pipeline.compare.results import Results
 from pipeline.compress import folder
 from pipeline.config import parse_as

@@ -62,7 +62,8 @@ def read(path: Path) -> Checkpoint | None:
 
     try:
         with safe_open(path, "pt") as file:
-            return Checkpoint({n: file.get_tensor(n) for n in file.keys()}, json.loads(file.metadata()["state"]))  # noqa: SIM118
+            names = file.keys()  # no dict: it cannot be iterated itself
+            return Checkpoint({n: file.get_tensor(n) for n in names}, json.loads(file.metadata()["state"]))
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         log.warning("the checkpoint %s is not whole (%s): it is passed over", path, error)
         return None

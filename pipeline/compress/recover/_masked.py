@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import register_parametrization, remove_parametr
 from pipeline.compress.recover._session import Session
 
 
-class LowRank(nn.Module):  # type: ignore[misc]
+class LowRank(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """W + s B A. A is uniform as nn.Linear's weight, B is 0."""
 
     def __init__(self, weight: torch.Tensor, mask: torch.Tensor, rank: int, scale: float) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pipeline.compress.recover._session import Session
 
 
-class SessionLoss(nn.Module):  # type: ignore[misc]
+class SessionLoss(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """What a session trains, and its loss as the forward pass."""
 
     def __init__(self, session: Session) -> None:

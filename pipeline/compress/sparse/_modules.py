@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.compress.sparse.base import Pruned
 
 
-class LowRankLinear(nn.Module):  # type: ignore[misc]
+class LowRankLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """y = W x + L (R x) + bias: 2 r (in + out) more operations a token, r (in + out) more parameters."""
 
     def __init__(self, inner: nn.Module, left: torch.Tensor, right: torch.Tensor) -> None:
@@ -29,7 +29,7 @@ class LowRankLinear(nn.Module):  # type: ignore[misc]
         return linear(x, weight, self.bias) + linear(linear(x, self.right), self.left)
 
 
-class WrappedLinear(nn.Module):  # type: ignore[misc]
+class WrappedLinear(nn.Module):  # type: ignore[misc]  # torch is untyped here
     """y = A W B x + bias with A (out / b, b, b) and B (in / b, b, b) block-diagonal; `weight` (out, in) is the core."""
 
     def __init__(self, inner: nn.Module, weight: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -1,0 +1,204 @@
+"""What the arms of a comparison begin with: texts, the students that are cut, blocks of tokens.
+
+Read `gather` first: random rows are a curation of their own, and what is measured on is set apart from all of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.compare.arms import Data, by_chance, counts
+from pipeline.compare.config import Matched
+from pipeline.compare.measures.suite import Suite
+from pipeline.compress import folder
+from pipeline.compress.compression import shrink
+from pipeline.compress.data import Source, curated, pack_blocks, parquet, set_apart
+from pipeline.compress.place import read_json
+from pipeline.config import Config, parse
+from pipeline.corpus.storage import Store
+from pipeline.curation import curate
+from pipeline.errors import ConfigError
+from pipeline.models.files import folder_digest
+from pipeline.recipe import fingerprint
+from pipeline.scores.random import Random
+from pipeline.select.config import Budget, Select
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerFast
+
+VERSION = 1
+DUPLICATES = ("exact_duplicates", "fuzzy_duplicates", "semantic_duplicates")
+"""Scores that random rows pass as well, so that curation is not credited for deduplication."""
+DOMAIN_BYTES = 400_000
+"""Text of each held-out domain that is measured on, at the most."""
+POOL = "pool"
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is trained on: curated texts, and a draw of random ones a seed. What is measured on: texts by domain."""
+
+    curated: pa.Array
+    random: tuple[pa.Array, ...]
+    held_out: Mapping[str, pa.Array]
+    fingerprint: str
+
+    def of(self, data: Data, seed: int) -> pa.Array:
+        return self.curated if data == "curated" else self.random[seed]
+
+
+def sieve_of(run: str) -> Config:
+    """The configuration of a curated run. Raises ConfigError where there is none."""
+    try:
+        manifest = json.loads(Store(run).read("manifest.json"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"curated: {run} is not a run: run `tamis curate` first") from error
+    if manifest.get("status") in (None, "running", "failed", "fitted"):
+        raise ConfigError(f"curated: {run} is not finished: run `tamis curate` on its configuration again")
+    return parse(manifest["config"])
+
+
+def gather(config: Matched, sieved: Config, directory: Path, quiet: bool) -> Texts:
+    """Curated and random texts without those that are measured on. As many random tokens as were curated, each seed.
+
+    The random rows are a curation of their own, by chance alone, of the same corpus: it passes the engine, and so does
+    a pool of any size.
+    """
+    kept = curated(config.curated)
+    selected = json.loads(Store(config.curated).read("artifacts", "selection", "selection.json"))
+    drawn = [
+        parquet([curate(by_luck(config, sieved, int(selected["tokens"]), s, directory), quiet=quiet).path], kept.column)
+        for s in range(config.seeds)
+    ]
+    split = [set_apart(source.texts(), config.held_out, config.seed) for source in (kept, *drawn)]
+    if not all(len(rest) for _, rest in split):
+        raise ConfigError("curated: nothing is left of it beside what is measured on: lower held_out")
+    held_out = domains(config, sieved, kept, drawn)
+    prints = fingerprint([kept.fingerprint, *(d.fingerprint for d in drawn)], config.held_out, config.seed)
+    return Texts(split[0][1], tuple(rest for _, rest in split[1:]), held_out, prints)
+
+
+def by_luck(config: Matched, sieved: Config, tokens: int, seed: int, directory: Path) -> Config:
+    """A curation of the same corpus by chance, deduplicated where the curated run was."""
+    copies = [s for s in sieved.scores if s.kind in DUPLICATES]
+    names = {s.column_name for s in copies}
+    select = Select(
+        budget=Budget(tokens=tokens),
+        weights={"random": 1.0},
+        floors={name: floor for name, floor in sieved.select.floors.items() if name in names},
+        seed=config.seed + seed,
+    )
+    own = {
+        "scores": [*copies, Random(seed=config.seed + seed)],
+        "select": select,
+        "run": str(directory / f"random-{seed}"),
+        "engine": config.engine,
+    }
+    if not any(s.needs != "text" for s in copies):
+        own |= {"embed": None, "cluster": None}
+    return sieved.model_copy(update=own)
+
+
+def domains(config: Matched, sieved: Config, kept: Source, drawn: Sequence[Source]) -> dict[str, pa.Array]:
+    """Held-out texts by domain: of the curated set, of the pool, and of each of its sources where they are named.
+
+    Raises ConfigError where the share leaves nothing to measure on.
+    """
+    column = sieved.corpus.source
+    apart = partial(set_apart, share=config.held_out, seed=config.seed)
+    found = {"curated": apart(kept.texts())[0]}
+    names = {"text": kept.column} | ({"source": column} if column else {})
+    rows = pa.concat_tables([pa.Table.from_batches(list(source.batches(names))) for source in drawn])
+    rows = rows.group_by(rows.schema.names).aggregate([])  # a row that several seeds drew counts once
+    found[POOL] = apart(iter(rows["text"].chunks))[0]
+    for name in sorted(rows["source"].drop_null().unique().to_pylist()) if column else ():
+        found[f"pool, {name}"] = apart(iter(rows.filter(pc.equal(rows["source"], name))["text"].chunks))[0]
+    if missing := next((name for name in ("curated", POOL) if not len(found[name])), None):
+        raise ConfigError(f"held_out: no text of the {missing} set is left to measure on: raise the share")
+    return {name: texts for name, texts in found.items() if len(texts)}
+
+
+def suite_of(config: Matched, held_out: Mapping[str, pa.Array], directory: Path) -> Suite:
+    """What is measured: the configured suite; without domains of its own the held-out ones, a Parquet file each."""
+    if config.evaluate.domains:
+        return config.evaluate
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = {}
+    for i, (name, texts) in enumerate(held_out.items()):
+        sizes = np.cumsum(pc.binary_length(texts).to_numpy())
+        few = texts.slice(0, max(1, int(np.searchsorted(sizes, DOMAIN_BYTES))))
+        paths[name] = (str(directory / f"{i:02d}.parquet"),)
+        pq.write_table(pa.table({"text": few}), paths[name][0])
+    return config.evaluate.model_copy(update={"domains": paths, "text": "text"})
+
+
+@dataclass(frozen=True)
+class Student:
+    """A cut model on disk, and the tokens that were run to cut it."""
+
+    folder: str
+    passes: dict[str, int]
+
+
+def cut_students(
+    config: Matched, parent: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Texts, directory: Path
+) -> dict[tuple[str, int], Student]:
+    """Every student that the arms begin with, by what it is calibrated on (or `chance`) and seed; all of one shape.
+
+    The shape is that of the first curated calibration; the others get its counts.
+    """
+    needed = {("chance" if d.start == "chance" else str(d.calibration)) for d in config.designs if d.start != "dense"}
+    ways = [w for w in ("curated", "random", "chance") if w == "curated" or w in needed]
+    length = config.calibration.length or config.length
+    found: dict[tuple[str, int], Student] = {}
+    steps: Sequence[Any] = config.steps
+    for way in ways:
+        for seed in range(config.seeds):
+            own = by_chance(steps, config.seed + seed) if way == "chance" else steps
+            place = directory / f"{way}-{seed}"
+            data: Data = "random" if way == "random" else "curated"
+            asked = [s.model_dump(mode="json") for s in own]
+            calibration = config.calibration.model_dump(mode="json")
+            made_of = (folder_digest(parent), texts.fingerprint)
+            identity = fingerprint("student", VERSION, asked, calibration, length, *made_of)
+            done = read_json(place / "student.json")
+            if done.get("fingerprint") != identity:
+                wanted, drawn = config.calibration, texts.of(data, seed)
+                blocks = pack_blocks(drawn, tokenizer, length, wanted.rows * length, wanted.seed + seed)
+                smaller = shrink(copy.deepcopy(model), own, blocks, config.calibration.batch)
+                if smaller.masks or smaller.vocabulary is not None:
+                    counts(own[0], {})  # says why such a step cannot be matched
+                folder.save(smaller.model, tokenizer, place, {"steps": smaller.steps})
+                done = {"fingerprint": identity, "passes": dict(smaller.passes), "steps": smaller.steps}
+                (place / "student.json").write_text(json.dumps(done, indent=2))
+            if not found:
+                steps = [counts(s, r) for s, r in zip(config.steps, done["steps"], strict=True)]
+            found[way, seed] = Student(str(place), done["passes"])
+    return found
+
+
+def write_blocks(
+    config: Matched, tokenizer: PreTrainedTokenizerFast, texts: Texts, tokens: int, directory: Path
+) -> dict[tuple[Data, int], tuple[str, int]]:
+    """Blocks of each data and seed as .npy, with how many tokens they hold: at most `tokens`, in an order a seed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found: dict[tuple[Data, int], tuple[str, int]] = {}
+    for data in ("curated", "random"):
+        for seed in range(config.seeds):
+            blocks = pack_blocks(texts.of(data, seed), tokenizer, config.length, tokens, config.seed + seed)
+            path = directory / f"{data}-{seed}.npy"
+            np.save(path, blocks, allow_pickle=False)
+            found[data, seed] = (str(path), blocks.size)
+    return found
