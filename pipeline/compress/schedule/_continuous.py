@@ -13,8 +13,7 @@ from pipeline.compress._weights import unit_sums
 from pipeline.compress.allocation.base import Evidence, Target
 from pipeline.compress.architecture import anatomy
 from pipeline.compress.schedule._cutting import in_layers, lost
-from pipeline.compress.schedule.base import Callback, Change
-from pipeline.compress.schedule.gradual import cubic
+from pipeline.compress.schedule.base import Callback, Change, cubic
 from pipeline.compress.surgery import cut
 from pipeline.compress.units import lowest
 
@@ -45,7 +44,7 @@ class ContinuousPruner(Callback):
         r = self.recipe
         if not self.step or (self.step % r.every and done < r.until):
             return None
-        due = r.ratio * cubic(min(1.0, done / r.until))
+        due = cubic(0, r.ratio, done / r.until)
         share = 1 - (1 - due) * self.whole / self._parameters()
         if share <= 0:
             return None

@@ -14,8 +14,7 @@ from pipeline.compress.allocation.base import Evidence, Target
 from pipeline.compress.allocation.uniform import Uniform
 from pipeline.compress.architecture import anatomy
 from pipeline.compress.importance._loraprune import averaged, saliency
-from pipeline.compress.schedule.base import Callback, Change
-from pipeline.compress.schedule.gradual import cubic
+from pipeline.compress.schedule.base import Callback, Change, cubic
 from pipeline.compress.surgery import cut
 from pipeline.compress.units import Member, Units, lowest
 
@@ -56,7 +55,7 @@ class LoraPruner(Callback):
         r = self.recipe
         way = (done - r.warmup) / (1 - r.warmup - r.cooldown)
         if self.scores and not self.chosen_last and (way >= 1 or (way > 0 and self.step % r.every == 0)):
-            self._choose(r.ratio * cubic(min(1.0, way)))
+            self._choose(cubic(0, r.ratio, way))
             self.chosen_last = way >= 1
         return None
 

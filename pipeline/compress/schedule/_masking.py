@@ -1,4 +1,4 @@
-"""Schedules of masks (`pipeline.compress.sparse._schedules`) as the loop calls them."""
+"""Schedules of masks (`pipeline.compress.schedule._sparsity`) as the loop calls them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 
 from pipeline.compress.allocation._blocks import linears
 from pipeline.compress.architecture import anatomy
+from pipeline.compress.schedule._sparsity import Gradual, SoftShrinkage
 from pipeline.compress.schedule.base import Callback, Change
-from pipeline.compress.sparse._schedules import Gradual, SoftShrinkage
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Masking(Callback):
         super().__init__()
         self.inner, self.final = inner, final
         self.held: dict[str, torch.Tensor] = {}
-        self.progress = "_event" if isinstance(inner, Gradual) else "_hard"
+        self.progress = "event_done" if isinstance(inner, Gradual) else "hardened"
 
     def after_step(self, model: nn.Module, done: float) -> Change | None:
         self.inner.after_step(model, done)

@@ -65,6 +65,14 @@ class Callback:
         """Go on from such a state; the model has its shapes and weights of then."""
 
 
+def cubic(initial: float, final: float, progress: float) -> float:
+    """s_t = s_f + (s_i - s_f) (1 - progress)^3 with progress clipped to 0..1: fast first, slow at the end.
+
+    Zhu & Gupta 2017, arXiv 1710.01878, equation 1.
+    """
+    return final + (initial - final) * (1 - min(max(progress, 0.0), 1.0)) ** 3
+
+
 class Schedule(Recipe, ABC):
     """Something done between steps. One file and one class a method; the module's name is its `kind`."""
 

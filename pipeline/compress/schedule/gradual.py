@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, SerializeAsAny
 
-from pipeline.compress.schedule.base import Schedule
+from pipeline.compress.schedule.base import Schedule, cubic
 from pipeline.compress.steps.base import Step
 from pipeline.config import recipe_in
 
@@ -42,11 +42,6 @@ class Gradual(Schedule):
         check_whole(self.kind, session)
         step = check_width(self.kind, self.step)
         moments = [
-            (self.until * i / self.events, step.ratio * cubic(i / self.events)) for i in range(1, self.events + 1)
+            (self.until * i / self.events, cubic(0, step.ratio, i / self.events)) for i in range(1, self.events + 1)
         ]
         return Cutter(step, moments, setup, self.rows, self.seed)
-
-
-def cubic(progress: float) -> float:
-    """Share of the way, at a share of the time."""
-    return 1 - (1 - progress) ** 3

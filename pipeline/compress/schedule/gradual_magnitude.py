@@ -39,7 +39,7 @@ class GradualMagnitude(Schedule):
 
     def start(self, setup: Setup, session: Session) -> Callback:
         from pipeline.compress.schedule._masking import Masking, matrices
-        from pipeline.compress.sparse._schedules import Gradual
+        from pipeline.compress.schedule._sparsity import Gradual
 
         names = matrices(self.kind, setup, session)
         inner = Gradual(names, self.ratio, 0.0, self.begin, self.until, self.events, self.regrow)

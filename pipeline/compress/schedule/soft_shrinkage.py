@@ -29,7 +29,7 @@ class SoftShrinkage(Schedule):
 
     def start(self, setup: Setup, session: Session) -> Callback:
         from pipeline.compress.schedule._masking import Masking, matrices
-        from pipeline.compress.sparse._schedules import SoftShrinkage as Inner
+        from pipeline.compress.schedule._sparsity import SoftShrinkage as Inner
 
         names = matrices(self.kind, setup, session)
         return Masking(Inner(names, self.ratio, None, self.rate, self.harden), self.harden)

@@ -1,7 +1,7 @@
 """Magnitude: the smallest weights go. Needs no data.
 
 Source: Zhu & Gupta 2017, "To prune, or not to prune", arXiv 1710.01878 (the score; their schedule is
-`pipeline.compress.sparse._schedules.Gradual`). A weak floor for language models: published LLaMA-7B at 50 % has a
+`pipeline.compress.schedule._sparsity.Gradual`). A weak floor for language models: published LLaMA-7B at 50 % has a
 perplexity of 17.3 against 5.7 dense (from memory, unverified). `scope: global` ranks the weights of all matrices as
 one and so makes its own allocation; no matrix loses more than the step's `cap`.
 """

@@ -9,7 +9,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from pipeline.compress.sparse._schedules import Gradual, SoftShrinkage, cubic  # noqa: E402
+from pipeline.compress.schedule._sparsity import Gradual, SoftShrinkage  # noqa: E402
+from pipeline.compress.schedule.base import cubic  # noqa: E402
 from pipeline.compress.sparse.base import Pattern  # noqa: E402
 
 

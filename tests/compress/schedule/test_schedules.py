@@ -56,7 +56,7 @@ def widths(shapes: dict[str, Any]) -> list[int]:
 
 
 def test_the_cubic_takes_48_neurons_to_24_in_four_events(tmp_path: Path) -> None:
-    shares = [0.5 * cubic(i / 4) for i in range(5)]
+    shares = [cubic(0, 0.5, i / 4) for i in range(5)]
     assert shares == pytest.approx([0, 0.2890625, 0.4375, 0.4921875, 0.5])
     schedule = Gradual(step=neurons(), events=4, rows=4)
     healed = heal(

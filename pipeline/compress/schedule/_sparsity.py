@@ -18,6 +18,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from pipeline.compress.schedule.base import cubic
 from pipeline.compress.sparse._select import select
 from pipeline.compress.sparse.base import Pattern, Quota
 
@@ -32,11 +33,6 @@ class Schedule(Protocol):
 
     def masks(self) -> Masks:
         """By parameter name what is kept (bool)."""
-
-
-def cubic(initial: float, final: float, progress: float) -> float:
-    """s_t = s_f + (s_i - s_f) (1 - progress)^3 with progress clipped to 0..1: fast first, slow at the end."""
-    return final + (initial - final) * (1 - min(max(progress, 0.0), 1.0)) ** 3
 
 
 @dataclass
@@ -56,7 +52,7 @@ class Gradual:
     events: int = 100
     regrow: bool = False
     _masks: Masks = field(default_factory=dict, init=False)
-    _event: int = field(default=-1, init=False)
+    event_done: int = field(default=-1, init=False)
 
     def __post_init__(self) -> None:
         if not (0 <= self.initial <= self.final < 1 and 0 <= self.start < self.end <= 1 and self.events > 0):
@@ -68,8 +64,8 @@ class Gradual:
         if done < self.start:
             return
         with torch.no_grad():
-            if event > self._event:
-                self._event = event
+            if event > self.event_done:
+                self.event_done = event
                 share = cubic(self.initial, self.final, event / self.events)
                 for name in self.names:
                     weight = model.get_parameter(name)
@@ -98,7 +94,7 @@ class SoftShrinkage:
     rate: float = 0.95
     harden: float = 0.75
     _masks: Masks = field(default_factory=dict, init=False)
-    _hard: bool = field(default=False, init=False)
+    hardened: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         if not (0 <= self.share < 1 and 0 <= self.rate <= 1 and 0 < self.harden <= 1):
@@ -108,10 +104,10 @@ class SoftShrinkage:
         with torch.no_grad():
             for name in self.names:
                 weight = model.get_parameter(name)
-                if not self._hard:
+                if not self.hardened:
                     self._masks[name] = select(weight.abs(), _quota(weight, self.share, self.pattern), by_row=False)
                 weight.mul_(torch.where(self._masks[name], 1.0, 0.0 if done >= self.harden else self.rate))
-        self._hard = self._hard or done >= self.harden
+        self.hardened = self.hardened or done >= self.harden
 
     def masks(self) -> Masks:
         """What is not being shrunk; final once the schedule has hardened."""
