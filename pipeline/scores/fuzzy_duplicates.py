@@ -48,7 +48,7 @@ class FuzzyDuplicates(Duplicates):
     """0 for one row of every group of near-duplicates, -1 for the others."""
 
     claim = "the only row, or the chosen one, of its near-duplicates: Jaccard of word 5-grams above about .7"
-    cost = "75 MB/s of text a core at 14 x 8 (bench/dedup.py signatures), and 16 bytes a band and row regrouped"
+    cost = "80 MB/s of text a core at 14 x 8 (bench/dedup.py signatures), and 16 bytes a band and row regrouped"
     source = "Penedo et al. 2024 (FineWeb), arXiv 2406.17557; Broder 1997"
     kind: Literal["fuzzy_duplicates"] = "fuzzy_duplicates"
     preset: Literal["fineweb", "dclm", "refinedweb"] = Field("fineweb", description="bands x rows of a published set")
