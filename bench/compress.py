@@ -143,7 +143,7 @@ def written(lines: list[dict[str, object]], dense: float, options: argparse.Name
     heads = ["method", "of the layers' matrices", "of all FLOPs", "perplexity, cut", "healed", "CPU s", "MiB"]
     text += f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n"
     for line in lines:
-        removed: dict[str, float] = line["removed"]  # type: ignore[assignment]
+        removed: dict[str, float] = line["removed"]  # type: ignore[assignment]  # parsed JSON
         cells = [
             line["method"], f"{removed['prunable']:.1%}", f"{removed['flops_per_token']:.1%}", f"{line['cut']:.2f}",
             f"{line['healed']:.2f}" if "healed" in line else "", f"{line['seconds']:.1f}", f"{line['memory']:.0f}",

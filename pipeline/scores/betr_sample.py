@@ -40,7 +40,7 @@ class BetrSample(Betr):
     claim = "as betr: like the rows of a sample that lie nearest to an example of the target benchmarks"
     cost = "that of fastText; an embedding for the rows of the sample alone"
     key: ClassVar[str] = "text"
-    kind: Literal["betr_sample"] = "betr_sample"  # type: ignore[assignment]
+    kind: Literal["betr_sample"] = "betr_sample"  # type: ignore[assignment]  # a kind of its own
     classifier: Literal["fasttext"] = Field("fasttext", description="what learns the ranking")
     embed: SerializeAsAny[Annotated[Embed, recipe_in("pipeline.embed", Embed)]] = Field(
         Lsa(), description="embedding of sample and examples"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("torch")
@@ -15,12 +17,15 @@ pytest.importorskip("torch")
 from pipeline.compare import matched
 from pipeline.compare.arms import DESIGNS, by_chance, counts, from_scratch
 from pipeline.compare.config import Matched
-from pipeline.compare.flops import ModelShape
-from pipeline.compare.matched import compare_matched
+from pipeline.compare.flops import ModelShape, hessian, hessian_solve, layerwise, statistics
+from pipeline.compare.matched import compare_matched, importance_cost
+from pipeline.compare.material import gather, sieve_of
 from pipeline.compare.results import Results
 from pipeline.compress import folder
-from pipeline.config import parse_as
+from pipeline.config import parse, parse_as
+from pipeline.curation import curate
 from pipeline.errors import ConfigError
+from tests.tiny_lm import sentences
 from tests.tiny_run import make_run
 
 SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "vocab": 300, "context": 32}
@@ -113,8 +118,6 @@ def test_domains_are_those_of_the_corpus_and_nobody_trained_on_them(done) -> Non
     names = {m for m, axis, _ in results.measures() if axis == "language"}
     assert {"bits_per_byte.pool, trees", "bits_per_byte.pool, birds"} <= names
     _, tokenizer = folder.load(next(Path(config.run).glob("students/*-0")))
-    import pyarrow.parquet as pq
-
     held = [t for f in Path(config.run).glob("held_out/*.parquet") for t in pq.read_table(f)["text"].to_pylist()]
     trained = "".join(
         tokenizer.decode(np.load(f).ravel().tolist()) for f in sorted(Path(config.run).glob("blocks/*.npy"))
@@ -208,6 +211,37 @@ def test_from_scratch_is_new_and_of_the_seed(tiny_run: str) -> None:
             assert float(a.detach().std()) == pytest.approx(0.02, rel=0.2), name
         else:
             assert (a == 1).all()
+
+
+def test_random_rows_are_deduplicated_where_the_curated_ones_were(tmp_path: Path) -> None:
+    texts = [text for text in sentences(60) for _ in range(3)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
+    sieved = parse(
+        {
+            "corpus": {"path": str(tmp_path / "corpus.parquet")},
+            "scores": [{"kind": "exact_duplicates"}, {"kind": "length"}],
+            "select": {"budget": {"rows": 40}, "floors": {"exact_duplicates": 0.5}, "weights": {"length": 1}},
+            "engine": {"address": "inline"},
+            "run": str(tmp_path / "run"),
+        }
+    )
+    curate(sieved, quiet=True)
+    config = configured(str(tmp_path / "run"), tmp_path / "matched", held_out=0.2)
+    found = gather(config, sieve_of(config.curated), tmp_path / "matched", quiet=True)
+    for rows in found.random:
+        assert len(rows) == len(rows.unique()) > 0
+    assert not found.random[0].equals(found.random[1])
+
+
+def test_gram_matrices_and_what_a_recovery_measures_are_charged(tiny_run: str) -> None:
+    from pipeline.compress.steps.width import Width
+    from pipeline.models.training import Shape, new_lm
+
+    shape, passes = ModelShape.of(new_lm(Shape(**SHAPE), 0)), {"forward": 1000}
+    plain = importance_cost([Width(ratio=0.5, importance="wifv")], passes, shape, 32)
+    assert plain == 1000 * statistics(shape, 32)
+    refit = importance_cost([Width(ratio=0.5, importance="wifv", compensation="refit")], passes, shape, 32)
+    assert refit - plain == pytest.approx(1000 * (hessian(shape, 32) - layerwise(shape, 32)) + hessian_solve(shape))
 
 
 def test_depth_by_chance_takes_as_many_blocks(tiny_run: str, tmp_path: Path) -> None:
