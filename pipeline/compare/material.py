@@ -21,11 +21,12 @@ import pyarrow.parquet as pq
 from pipeline.compare.arms import Data, by_chance, counts
 from pipeline.compare.config import Matched
 from pipeline.compare.measures.suite import Suite
+from pipeline.compare.proxy import read_by
 from pipeline.compress import folder
 from pipeline.compress.compression import shrink
 from pipeline.compress.data import Source, curated, pack_blocks, parquet, set_apart
 from pipeline.compress.place import read_json
-from pipeline.config import Config, parse
+from pipeline.config import Config, HandoffConfig, OutputConfig, parse
 from pipeline.corpus.storage import Store
 from pipeline.curation import curate
 from pipeline.errors import ConfigError
@@ -94,6 +95,8 @@ def by_luck(config: Matched, sieved: Config, tokens: int, seed: int, directory: 
     """A curation of the same corpus by chance, deduplicated where the curated run was."""
     copies = [s for s in sieved.scores if s.kind in DUPLICATES]
     names = {s.column_name for s in copies}
+    read = [r for s in copies for r in (*read_by(s, sieved.scores), s)]  # which copy stays may be up to another score
+    scores = list({s.column_name: s for s in read}.values())
     select = Select(
         budget=Budget(tokens=tokens),
         weights={"random": 1.0},
@@ -101,12 +104,14 @@ def by_luck(config: Matched, sieved: Config, tokens: int, seed: int, directory: 
         seed=config.seed + seed,
     )
     own = {
-        "scores": [*copies, Random(seed=config.seed + seed)],
+        "scores": [*scores, Random(seed=config.seed + seed)],
         "select": select,
+        "output": OutputConfig(scores=False),  # its own place: never that of the curated set
+        "handoff": HandoffConfig(calibration_rows=0, recovery_tokens=0),
         "run": str(directory / f"random-{seed}"),
         "engine": config.engine,
     }
-    if not any(s.needs != "text" for s in copies):
+    if all(s.needs == "text" for s in scores):
         own |= {"embed": None, "cluster": None}
     return sieved.model_copy(update=own)
 
@@ -117,6 +122,8 @@ def domains(config: Matched, sieved: Config, kept: Source, drawn: Sequence[Sourc
     Raises ConfigError where the share leaves nothing to measure on.
     """
     column = sieved.corpus.source
+    if sieved.corpus.columns is not None and column not in sieved.corpus.columns:
+        column = None  # it was not carried into the curated files
     apart = partial(set_apart, share=config.held_out, seed=config.seed)
     found = {"curated": apart(kept.texts())[0]}
     names = {"text": kept.column} | ({"source": column} if column else {})

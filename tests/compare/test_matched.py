@@ -219,18 +219,21 @@ def test_random_rows_are_deduplicated_where_the_curated_ones_were(tmp_path: Path
     sieved = parse(
         {
             "corpus": {"path": str(tmp_path / "corpus.parquet")},
-            "scores": [{"kind": "exact_duplicates"}, {"kind": "length"}],
-            "select": {"budget": {"rows": 40}, "floors": {"exact_duplicates": 0.5}, "weights": {"length": 1}},
+            "scores": [{"kind": "length"}, {"kind": "exact_duplicates", "keep": "best", "by": "length"}],
+            "select": {"budget": {"rows": 40}, "floors": {"exact_duplicates": 0}, "weights": {"length": 1}},
+            "output": {"path": str(tmp_path / "elsewhere")},
             "engine": {"address": "inline"},
             "run": str(tmp_path / "run"),
         }
     )
     curate(sieved, quiet=True)
+    kept = pq.read_table(tmp_path / "elsewhere")
     config = configured(str(tmp_path / "run"), tmp_path / "matched", held_out=0.2)
     found = gather(config, sieve_of(config.curated), tmp_path / "matched", quiet=True)
     for rows in found.random:
         assert len(rows) == len(rows.unique()) > 0
     assert not found.random[0].equals(found.random[1])
+    assert pq.read_table(tmp_path / "elsewhere").equals(kept)  # and what was curated is where it was
 
 
 def test_gram_matrices_and_what_a_recovery_measures_are_charged(tiny_run: str) -> None:
