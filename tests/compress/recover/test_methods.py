@@ -110,6 +110,21 @@ def test_distillation_without_its_teacher_is_training_bit_for_bit(tmp_path: Path
         assert torch.equal(a, b)
 
 
+def test_labels_and_teacher_are_weighed_as_they_are_told() -> None:
+    """L = ce_weight CE + kl_weight KL, by hand from the two models' logits."""
+    shape = Shape(hidden=16, layers=1, heads=2, kv_heads=1, mlp=16, vocab=300, context=8)
+    student, teacher = new_lm(shape, 0), new_lm(shape, 1)
+    blocks = np.random.default_rng(0).integers(0, 300, (2, 8))
+    session = Distill(ce_weight=0.7, kl_weight=0.2).begin(Setup(student, blocks, teacher))
+    ids = torch.from_numpy(blocks)
+    found = session.loss(ids).detach()
+    with torch.no_grad():
+        ours, theirs = (m(input_ids=ids).logits[:, :-1].flatten(0, 1) for m in (student, teacher))
+    ce = torch.nn.functional.cross_entropy(ours, ids[:, 1:].flatten(), reduction="sum")
+    kl = (theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))).sum()
+    assert float(found) == pytest.approx(float(0.7 * ce + 0.2 * kl), rel=1e-5)
+
+
 def test_a_trimmed_vocabulary_renormalises_the_teacher_and_drops_positions_without_a_label() -> None:
     kept = np.sort(np.random.default_rng(1).choice(300, 257, replace=False))
     model, teacher = student(), student(1, vocab=300)
