@@ -1,13 +1,16 @@
-"""Every method of compression on one model at one ratio: perplexity before and after healing, seconds, memory.
+"""Every method of compression on one model: perplexity before and after healing, seconds, memory.
 
-usage: python -m bench.compress --model FOLDER [--ratio R] [--rows N] [--tokens N] [--only METHOD...] [--dry]
+usage: python -m bench.compress --model FOLDER [--ratio R] [--sparsity S] [--rows N] [--tokens N] [--draws N]
+           [--only METHOD...] [--results FILE] [--dry]
 
 Calibration, recovery and held-out blocks come from ../shared/data/text_corpus (real text), each from documents of its
 own. All methods get the same calibration rows, the same held-out blocks and, after the cut, the same healing: all
-weights, the same blocks in the same order. `random` stands first; a method earns its place by beating it before
-healing. `seconds` are CPU seconds of the step alone, `MiB` the largest memory of the process while it ran beyond what
-it had with the model loaded. Methods run in processes of their own. Writes the table between the `<!-- compress -->`
-markers of bench/README.md, unless --dry.
+weights, the same blocks in the same order. What may be removed decides what chance can do, so every family of methods
+has its own control: `random`, the mean of some draws before healing (their range in brackets; the first draw is
+healed). A method earns its place by beating all draws of its family's control before healing. `CPU s` are processor
+seconds of the step alone, `MiB` the largest memory of the process while it ran beyond what it had with the model
+loaded. Every line runs in a process of its own and is kept in --results, from which a broken-off bench goes on. Writes
+the table between the `<!-- compress -->` markers of bench/README.md, unless --dry.
 """
 
 from __future__ import annotations
@@ -17,10 +20,13 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,10 +35,40 @@ from bench.planted.run import commit
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT.parent / "shared" / "data" / "text_corpus" / "parts"
 README = ROOT / "bench" / "README.md"
-METHODS = (
-    "random", "magnitude", "maw", "wanda_sp", "flap", "llm_pruner", "minitron", "cfsp", "nirvana", "tyr_local",
-    "shortgpt", "finercut", "laptop", "wanda", "sparsegpt", "owl",
-)  # fmt: skip
+BLOCKS = ("calibration", "recovery", "held_out")
+HELD_OUT = 32
+"""Blocks that perplexity is measured on."""
+FAMILIES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
+    "heads and neurons": (
+        {"method": "random"},
+        ("magnitude", "wanda_sp", "flap", "llm_pruner", "minitron", "nirvana", "tyr_local"),
+    ),
+    "neurons": (
+        {"kind": "width", "units": ["neuron"], "importance": {"kind": "random"}, "allocation": {"kind": "uniform"}},
+        ("maw", "cfsp"),
+    ),
+    "blocks": ({"kind": "depth", "method": "random"}, ("shortgpt",)),
+    "branches": ({"kind": "depth", "units": "branch", "method": "random"}, ("finercut", "laptop")),
+    "weights": (
+        {"kind": "sparse", "method": {"kind": "random"}},
+        ("wanda", "sparsegpt", "owl", "gblm"),
+    ),
+}
+"""What may be removed: chance, and the methods that have to beat it there."""
+SPARSE = "weights"
+
+
+def steps_of(family: str, method: str, draw: int, options: argparse.Namespace) -> list[dict[str, object]]:
+    """The step of a method of a family; `random` is the family's draw of that number."""
+    ratio = options.sparsity if family == SPARSE else options.ratio
+    if method != "random":
+        return [{"method": method, "ratio": ratio}]
+    control = FAMILIES[family][0]
+    if family == SPARSE:
+        return [control | {"ratio": ratio, "method": {"kind": "random", "seed": draw}}]
+    if control.get("kind") == "depth":
+        return [control | {"ratio": ratio, "seed": draw}]
+    return [control | {"ratio": ratio, "importance": {"kind": "random", "seed": draw}}]
 
 
 def blocks_of(model: str, rows: int, length: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -44,15 +80,13 @@ def blocks_of(model: str, rows: int, length: int, tokens: int) -> tuple[np.ndarr
     tokenizer = AutoTokenizer.from_pretrained(model)
     held, rest = set_apart(parquet([str(CORPUS)], "text").texts(), 0.02, 0)
     apart, recovery = set_apart(iter([rest]), 0.2, 1)
-    wanted = ((apart, rows * length), (recovery, tokens), (held, 16 * length))
+    wanted = ((apart, rows * length), (recovery, tokens), (held, HELD_OUT * length))
     calibration, heal, unseen = (pack_blocks(texts, tokenizer, length, n) for texts, n in wanted)
     return calibration, heal, unseen
 
 
-def one(method: str, options: argparse.Namespace) -> None:
-    """Run a method and print its line as JSON."""
-    import tempfile
-
+def one(family: str, method: str, draw: int, options: argparse.Namespace, directory: Path) -> dict[str, Any]:
+    """Run a method on the blocks in a directory."""
     import torch
 
     from pipeline.compress import folder
@@ -64,28 +98,25 @@ def one(method: str, options: argparse.Namespace) -> None:
     from pipeline.models.training import lm_loss
 
     torch.set_num_threads(options.threads)
-    data = {"model": options.model, "data": "", "run": "", "steps": [{"method": method, "ratio": options.ratio}]}
-    steps = parse_as(Compress, data).steps
-    calibration, recovery, unseen = blocks_of(options.model, options.rows, options.length, options.tokens)
+    steps = steps_of(family, method, draw, options)
+    config = parse_as(Compress, {"model": options.model, "data": "", "run": "", "steps": steps})
+    calibration, recovery, unseen = (np.load(directory / f"{name}.npy") for name in BLOCKS)
     model, _ = folder.load(Path(options.model))
     before, had = folder.count(model), memory()
     started = time.process_time()
-    smaller = shrink(model, steps, calibration, 4)
+    smaller = shrink(model, config.steps, calibration, 4)
     seconds, used = time.process_time() - started, memory() - had
     line = {
-        "method": method,
         "removed": folder.ratios(before, folder.count(smaller.model, smaller.masks)),
         "cut": math.exp(lm_loss(smaller.model, unseen, 4)),
         "seconds": seconds,
         "memory": used,
-        "passes": dict(smaller.passes),
     }
-    if options.tokens:
-        with tempfile.TemporaryDirectory() as directory:
-            recipe = Full(lr=options.lr, batch=2)
-            done = heal(smaller.model, recipe, recovery, options.tokens, masks=smaller.masks, directory=Path(directory))
+    if options.tokens and draw == 0:
+        recipe, work = Full(lr=options.lr, batch=2), directory / "healing"
+        done = heal(smaller.model, recipe, recovery, options.tokens, masks=smaller.masks, directory=work)
         line["healed"] = math.exp(lm_loss(done.model, unseen, 4))
-    print(json.dumps(line))
+    return line
 
 
 def memory() -> float:
@@ -96,35 +127,71 @@ def memory() -> float:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--ratio", type=float, default=0.2)
+    parser.add_argument("--ratio", type=float, default=0.2, help="of the parameters that a structured method may touch")
+    parser.add_argument("--sparsity", type=float, default=0.5, help="of the weights that a mask covers")
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=4096, help="to heal on; 0: no healing")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--only", nargs="+", default=list(METHODS))
+    parser.add_argument("--draws", type=int, default=3, help="of every control")
+    parser.add_argument("--only", nargs="+", help="methods, `random` among them (default: all)")
+    parser.add_argument("--results", type=Path, help="file of lines that goes on from run to run")
     parser.add_argument("--dry", action="store_true")
-    parser.add_argument("--one")
+    parser.add_argument("--one", nargs=4, metavar=("FAMILY", "METHOD", "DRAW", "DIRECTORY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        one(options.one, options)
+        family, method, draw, directory = options.one
+        print(json.dumps(one(family, method, int(draw), options, Path(directory))))
         return
+    with tempfile.TemporaryDirectory() as directory:
+        compare(options, Path(directory))
+
+
+def asked(options: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """Family, method and draw of every line, in the order of the table."""
     lines = []
-    for method in options.only:
-        command = [sys.executable, "-m", "bench.compress", "--one", method, "--model", options.model]
-        for name in ("ratio", "rows", "length", "tokens", "lr", "threads"):
-            command += [f"--{name}", str(getattr(options, name))]
-        environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
-        if ran.returncode:
-            print(f"{method}: {ran.stderr.strip().splitlines()[-1]}", file=sys.stderr)
-            continue
-        lines.append(json.loads(ran.stdout.strip().splitlines()[-1]))
-        print(json.dumps(lines[-1]), flush=True)
+    for family, (_, methods) in FAMILIES.items():
+        wanted = [m for m in ("random", *methods) if options.only is None or m in options.only]
+        lines += [(family, m, draw) for m in wanted for draw in range(options.draws if m == "random" else 1)]
+    return lines
+
+
+def settings(options: argparse.Namespace) -> list[str]:
+    """What the numbers depend on, as arguments."""
+    names = ("ratio", "sparsity", "rows", "length", "tokens", "lr", "threads")
+    return [part for n in names for part in (f"--{n}", str(getattr(options, n)))]
+
+
+def compare(options: argparse.Namespace, directory: Path) -> None:
+    """Run every line in a process of its own, and write the table."""
     from pipeline.compress import folder
     from pipeline.models.training import lm_loss
 
-    dense = math.exp(lm_loss(folder.load(Path(options.model))[0], blocks_of(options.model, 1, options.length, 1)[2], 4))
+    blocks = blocks_of(options.model, options.rows, options.length, options.tokens)
+    for name, rows in zip(BLOCKS, blocks, strict=True):
+        np.save(directory / f"{name}.npy", rows)
+    known = {}
+    if options.results and options.results.exists():
+        kept = [json.loads(line) for line in options.results.read_text().splitlines()]
+        known = {tuple(k["line"]): k for k in kept if k["settings"] == settings(options)}
+    lines = []
+    for line in asked(options):
+        if line not in known:
+            command = [sys.executable, "-m", "bench.compress", "--model", options.model, *settings(options)]
+            command += ["--one", *map(str, line), str(directory)]
+            environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+            ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+            shutil.rmtree(directory / "healing", ignore_errors=True)
+            if ran.returncode:
+                raise SystemExit(f"{line}: {ran.stderr}")
+            known[line] = {"line": line, "settings": settings(options)} | json.loads(ran.stdout.splitlines()[-1])
+            print(json.dumps(known[line]), flush=True)
+            if options.results:
+                with options.results.open("a") as file:
+                    file.write(json.dumps(known[line]) + "\n")
+        lines.append(known[line])
+    dense = math.exp(lm_loss(folder.load(Path(options.model))[0], blocks[2], 4))
     table = written(lines, dense, options)
     print(table)
     if not options.dry:
@@ -133,22 +200,32 @@ def main() -> None:
         README.write_text(text[: text.index(start) + len(start)] + table + text[text.index(end) :], encoding="utf-8")
 
 
-def written(lines: list[dict[str, object]], dense: float, options: argparse.Namespace) -> str:
+def written(lines: list[dict[str, Any]], dense: float, options: argparse.Namespace) -> str:
     """The table, with what made it."""
-    told = " ".join(f"--{n} {getattr(options, n)}" for n in ("ratio", "rows", "length", "tokens", "lr", "threads"))
-    name = Path(options.model).name
-    text = (
-        f"`python -m bench.compress --model {name} {told}` at commit {commit()}; the dense model has {dense:.2f}.\n\n"
-    )
-    heads = ["method", "of the layers' matrices", "of all FLOPs", "perplexity, cut", "healed", "CPU s", "MiB"]
-    text += f"\n| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n"
+    command = f"python -m bench.compress --model {Path(options.model).name} {' '.join(settings(options))}"
+    text = f"`{command}` at commit {commit()}; the dense model has {dense:.2f}.\n\n"
+    heads = [
+        "removed",
+        "method",
+        "of the layers' matrices",
+        "of all FLOPs",
+        "perplexity, cut",
+        "healed",
+        "CPU s",
+        "MiB",
+    ]
+    text += f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n"
     for line in lines:
-        removed: dict[str, float] = line["removed"]  # type: ignore[assignment]  # parsed JSON
+        family, method, draw = line["line"]
+        if draw:
+            continue  # told with the first draw
+        draws = [other["cut"] for other in lines if other["line"][:2] == line["line"][:2]]
+        cut = f"{np.mean(draws):.2f}" + (f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else "")
         cells = [
-            line["method"], f"{removed['prunable']:.1%}", f"{removed['flops_per_token']:.1%}", f"{line['cut']:.2f}",
+            family, method, f"{line['removed']['prunable']:.1%}", f"{line['removed']['flops_per_token']:.1%}", cut,
             f"{line['healed']:.2f}" if "healed" in line else "", f"{line['seconds']:.1f}", f"{line['memory']:.0f}",
         ]  # fmt: skip
-        text += f"| {' | '.join(map(str, cells))} |\n"
+        text += f"| {' | '.join(cells)} |\n"
     return text
 
 
