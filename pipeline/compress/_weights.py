@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,13 +33,33 @@ def module(body: Anatomy, name: str) -> Any:
     return body.modules[name]
 
 
-def matrix(body: Anatomy, name: str) -> torch.Tensor:
-    """A linear module's weight (out, in), as a view that writes through; Conv1D's turned round."""
+def place(body: Anatomy, name: str) -> tuple[str, int]:
+    """The parameter that holds a matrix, by its full name, and the matrix's place in it; -1 where it is all of it.
+
+    A matrix has the name of its module, one of a stack of experts that of the parameter and its place in it:
+    `model.layers.0.mlp.experts.down_proj.3`.
+    """
+    if name in body.modules:
+        return f"{name}.weight", -1
+    parameter, _, expert = name.rpartition(".")
+    return parameter, int(expert)
+
+
+def oriented(body: Anatomy, name: str, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A matrix's part (out, in) of what is known by the names of parameters, as a view; Conv1D's turned round."""
     from transformers.pytorch_utils import Conv1D
 
-    owner = module(body, name)
-    weight: torch.Tensor = owner.weight.detach()
-    return weight.T if isinstance(owner, Conv1D) else weight
+    parameter, expert = place(body, name)
+    if expert >= 0:
+        return values[parameter][expert]
+    return values[parameter].T if isinstance(body.modules[name], Conv1D) else values[parameter]
+
+
+def matrix(body: Anatomy, name: str) -> torch.Tensor:
+    """A matrix's weight (out, in), as a view that writes through."""
+    parameter, _ = place(body, name)
+    owner, _, own = parameter.rpartition(".")
+    return oriented(body, name, {parameter: getattr(module(body, owner), own).detach()})
 
 
 def losses(groups: Sequence[Units], removal: Removal) -> Iterator[tuple[Units, torch.Tensor, torch.Tensor]]:

@@ -54,9 +54,10 @@ class Stage(dict[str, "torch.Tensor"]):
         self.mask = mask
 
     def tokens(self, values: torch.Tensor) -> torch.Tensor:
-        """The values (rows, length, n) of tokens that count, a row a token, float32. Other shapes have no padding."""
+        """The values (rows, length, n) or (rows * length, n) of tokens that count, a row a token, float32. Other shapes
+        have no padding."""
         flat = values.detach().flatten(0, -2)
-        if self.mask is not None and self.mask.shape == values.shape[:-1]:
+        if self.mask is not None and self.mask.numel() == len(flat):
             flat = flat[self.mask.flatten()]
         return flat.float()
 

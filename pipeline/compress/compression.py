@@ -198,17 +198,21 @@ def shrink(model: nn.Module, steps: Sequence[Step], calibration: np.ndarray, bat
         began = time.monotonic()
         outcome = step.apply(done.model, measured)
         batches = measured.batches  # in other tokens, where the step changed the vocabulary
-        if outcome.adapters:
-            raise ConfigError(
-                f"steps: {step.kind}: a low-rank part beside a matrix has no place in a folder that others load: leave "
-                "low_rank out here, and heal with recover: {kind: perp}"
-            )
-        done.model, done.masks = outcome.model, done.masks | outcome.masks
+        done.model, done.masks = outcome.model, _standing(outcome.model, done.masks, step.kind) | outcome.masks
         done.vocabulary = outcome.vocabulary if outcome.vocabulary is not None else done.vocabulary
         done.passes.update(measured.passes)
         about = {"kind": step.kind, "seconds": round(time.monotonic() - began, 2), "dropped_rows": measured.dropped}
         done.steps.append(about | outcome.report)
     return done
+
+
+def _standing(model: nn.Module, masks: Mapping[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """Masks of earlier steps whose zeros this one left. Raises ConfigError where it cut what they lie on."""
+    parameters = dict(model.named_parameters())
+    for name, mask in masks.items():
+        if name not in parameters or parameters[name].shape != mask.shape:
+            raise ConfigError(f"steps: {kind} cuts {name}, which a step before it masks: put steps that mask last")
+    return {name: mask for name, mask in masks.items() if not parameters[name][~mask].any()}
 
 
 def counting_in(step: Step, config: Compress) -> Step:

@@ -6,13 +6,13 @@ from importlib.resources import files
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SerializeAsAny, model_validator
 
 from pipeline.compress.recover.base import Recovery
 from pipeline.compress.schedule.base import Schedule
 from pipeline.compress.steps.base import Step
 from pipeline.config import EngineConfig, Model, recipe_in
-from pipeline.models.files import check_installed
+from pipeline.models.files import check_installed, existing, is_hub
 from pipeline.models.training import Shape
 
 METHODS = "pipeline.compress.methods"
@@ -28,6 +28,16 @@ class Small(Model):
     batch: int = Field(16, ge=1, description="blocks a step")
     lr: float = Field(2e-3, gt=0)
     seed: int = 0
+
+
+def _there(model: str | Small) -> str | Small:
+    if isinstance(model, str) and not is_hub(model):
+        existing(model, "config.json", "*.safetensors")
+    return model
+
+
+ParentOf = Annotated[str | Small, AfterValidator(_there)]
+"""A folder that is there, the name of a model of the hub, or a small model to train."""
 
 
 class CalibrationData(Model):
@@ -77,7 +87,7 @@ ScheduleOf = SerializeAsAny[Annotated[Schedule, recipe_in("pipeline.compress.sch
 class Compress(Model):
     """A model, what to cut from it, and what to heal it on."""
 
-    model: str | Small = Field(description="folder, hf://org/name, or a small model to train here")
+    model: ParentOf = Field(description="folder, hf://org/name, or a small model to train here")
     data: str | list[str] = Field(description="directory of a curated run, or Parquet files")
     text: str = Field("text", description="text column, where `data` is Parquet")
     calibration: CalibrationData = CalibrationData()

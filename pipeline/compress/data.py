@@ -104,7 +104,7 @@ def _handed(run: str, described: dict[str, Any], name: str) -> Source:
         raise ConfigError(f"data: {run} hands over no {name} set: {why}")
     store = Store(run).child("handoff", name)
     files = tuple(store.locate(f["file"].rpartition("/")[2]) for f in part["files"])
-    return Source(files, described["text_column"], part["fingerprint"])
+    return Source(files, _text_column(run, described), part["fingerprint"])
 
 
 def curated(run: str) -> Source:
@@ -113,7 +113,17 @@ def curated(run: str) -> Source:
     if described is None:
         raise ConfigError(f"data: {run} is not a curated run: run `tamis curate` first")
     manifest = json.loads(Store(run).read("manifest.json"))
-    return parquet([manifest["curated"]["path"]], described["text_column"])
+    return parquet([manifest["curated"]["path"]], _text_column(run, described))
+
+
+def _text_column(run: str, described: dict[str, Any]) -> str:
+    name: str | None = described["text_column"]
+    if name is None:
+        raise ConfigError(
+            f"data: the rows of {run} are conversations or images, and a model is cut and healed on a column of texts: "
+            "name Parquet files that have one"
+        )
+    return name
 
 
 def by_score(source: Source, score: str) -> pa.Array:

@@ -14,6 +14,9 @@ reads it: the model is built without weights, takes the shapes that lie in the f
               "intermediate_size": 1024},
         "1": {"intermediate_size": 1536, "skip": ["attention"]}}}
 
+A matrix with a low-rank part beside it (SLiM: y = W x + L (R x)) is such a thing as well: the factors lie in the same
+file as `MODULE.left` (out, r) and `MODULE.right` (r, in), and the sidecar names their ranks, `"low_rank": {MODULE: r}`.
+
 Biases of o_proj and down_proj that a compensation added come with biases of zero elsewhere, where Llama's configuration
 knows them only together. Masks of sparse weights lie in `masks.safetensors`, a bit a weight. No code in a folder is
 ever run.
@@ -33,6 +36,7 @@ import numpy as np
 import yaml
 
 from pipeline import __version__
+from pipeline.compress._weights import matrix
 from pipeline.compress.architecture import WIDTH_OVER_HEADS, BranchName, anatomy
 from pipeline.compress.surgery import remove_branches, resize, tell
 from pipeline.errors import TamisError
@@ -81,7 +85,7 @@ def save(
         tokenizer.save_pretrained(incoming)
     if masks:
         _write_masks(masks, incoming / MASKS)
-    (incoming / "README.md").write_text(_readme(folder.name, card, ragged), encoding="utf-8")
+    (incoming / "README.md").write_text(_readme(folder.name, card, ragged, bool(_low_rank(model))), encoding="utf-8")
     if folder.exists():
         folder.rename(old)
     incoming.rename(folder)
@@ -195,11 +199,20 @@ def _write_weights(model: PreTrainedModel, folder: Path) -> bool:
         model.generation_config.save_pretrained(folder)
     sidecar = {"format": FORMAT, "architecture": type(model).__name__, "config": heads}
     sidecar |= {"per_layer_config": per_layer(model)}
+    if ranks := _low_rank(model):
+        sidecar["low_rank"] = ranks
     (folder / SHAPES).write_text(json.dumps(sidecar, indent=2), encoding="utf-8")
     persistent = model.state_dict()
     held = {**dict(model.named_parameters()), **{n: b for n, b in model.named_buffers() if n in persistent}}
     save_file({name: t.detach().contiguous() for name, t in held.items()}, folder / RAGGED, {"format": "pt"})
     return True
+
+
+def _low_rank(model: nn.Module) -> dict[str, int]:
+    """Ranks of the low-rank parts, by the modules that they stand beside."""
+    from pipeline.compress.sparse._modules import LowRankPart
+
+    return {name: m.left.shape[1] for name, m in model.named_modules() if isinstance(m, LowRankPart)}
 
 
 def _plain(model: PreTrainedModel) -> tuple[Any, dict[str, torch.Tensor]] | None:
@@ -264,6 +277,8 @@ def _load_ragged(folder: Path) -> PreTrainedModel:
     from safetensors.torch import load_file
     from transformers import AutoConfig, GenerationConfig
 
+    from pipeline.compress.sparse._modules import put, with_low_rank
+
     sidecar = json.loads((folder / SHAPES).read_text(encoding="utf-8"))
     if sidecar.get("format") != FORMAT:
         raise ValueError(f"{SHAPES} has format {sidecar.get('format')!r}; this version of Tamis reads {FORMAT}")
@@ -282,6 +297,9 @@ def _load_ragged(folder: Path) -> PreTrainedModel:
         model = made(config)
     remove_branches(model, [(int(i), branch) for i, shape in shapes.items() for branch in shape.get("skip", ())])
     _set_all(config, told)
+    for name in sidecar.get("low_rank", {}):
+        with torch.device("meta"):
+            put(model, name, with_low_rank(model.get_submodule(name), torch.empty(0, 0), torch.empty(0, 0)))
     _fill(model, load_file(folder / RAGGED))
     body = anatomy(model)
     for layer, shape in zip(body.layers, shapes.values(), strict=True):
@@ -294,6 +312,12 @@ def _load_ragged(folder: Path) -> PreTrainedModel:
     if (found := per_layer(model)) != shapes:
         wrong = next(i for i in shapes if found.get(i) != shapes[i])
         raise ValueError(f"layer {wrong} is {found.get(wrong)} in its weights, {shapes[wrong]} in {SHAPES}")
+    for name, rank in sidecar.get("low_rank", {}).items():
+        part = model.get_submodule(name)
+        found_shapes = tuple(part.left.shape), tuple(part.right.shape)
+        rows, columns = matrix(body, name).shape
+        if found_shapes != ((rows, rank), (rank, columns)):
+            raise ValueError(f"the factors of {name} are {found_shapes}, in {SHAPES} of rank {rank}")
     if (folder / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
@@ -347,10 +371,11 @@ def _write_masks(masks: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file(packed, path, {"shapes": json.dumps({name: list(mask.shape) for name, mask in masks.items()})})
 
 
-def _readme(name: str, card: Mapping[str, Any], ragged: bool) -> str:
+def _readme(name: str, card: Mapping[str, Any], ragged: bool, low_rank: bool) -> str:
     front = yaml.safe_dump({"library_name": "transformers", "tags": ["tamis", "pruned"]}, sort_keys=False)
+    why = "Its matrices have low-rank parts beside them" if low_rank else "Its layers differ in shape"
     how = (
-        "Its layers differ in shape, so transformers alone does not read it:\n\n```python\n"
+        f"{why}, so transformers alone does not read it:\n\n```python\n"
         "from pipeline.compress.folder import load\n\nmodel, tokenizer = load(FOLDER)\n```"
         if ragged
         else "`transformers` reads it: `AutoModelForCausalLM.from_pretrained(FOLDER)`."

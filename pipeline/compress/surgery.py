@@ -59,7 +59,9 @@ def axes(owner: Any, side: Side) -> list[tuple[torch.Tensor, int]]:
     else:
         axis = 0 if side == "out" else 1
     vectors = [getattr(owner, name, None) for name in ("bias", "e_score_correction_bias")] if side == "out" else []
-    return [(weight, axis), *((vector, 0) for vector in vectors if vector is not None)]
+    factor = getattr(owner, {"out": "left", "in": "right"}[side], None)  # of a low-rank part: (out, r), (r, in)
+    factors = [] if factor is None else [(factor, 0 if side == "out" else 1)]
+    return [(weight, axis), *factors, *((vector, 0) for vector in vectors if vector is not None)]
 
 
 def entries(member: Member, units: Iterable[int]) -> np.ndarray:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -192,6 +195,49 @@ def test_out_of_memory_says_which_batch_fits(fits: int, says: str, error: type[E
     ids = torch.ones(16, 3, dtype=torch.long)
     with pytest.raises(TamisError, match=says):
         Calibration(Overflowing(), split({"input_ids": ids}, 8), loss).gradients()
+
+
+LIMITED = r"""
+import re, resource
+import numpy as np, torch
+from pipeline.compress.calibration import Calibration, InputMoments
+from pipeline.errors import TamisError
+from pipeline.models.training import Shape, new_lm
+
+torch.set_num_threads(1)
+model = new_lm(Shape(hidden=16, layers=1, heads=2, kv_heads=1, mlp=16, vocab=2000, context=256), 0)
+blocks = np.arange(32 * 256, dtype=np.int32).reshape(32, 256) % 2000
+
+def forward(calibration):
+    calibration.measure(InputMoments(("model.layers.0.mlp.down_proj",)))
+
+def calibrate(run, batch):
+    calibration = Calibration.of_blocks(model, blocks, batch)
+    run(calibration)
+    return calibration.passes.total()
+
+for run in (forward, Calibration.gradients):
+    calibrate(run, 1)  # libraries take what they take
+size = int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (size + 40 * 2**20,) * 2)  # logits of 32 rows alone are 62 MiB
+for run in (forward, Calibration.gradients):
+    try:
+        calibrate(run, 32)
+    except TamisError as error:
+        fits = int(re.search(r"set batch to (\d+)", str(error))[1])
+        print(error, calibrate(run, fits), sep="; ran ")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not hold a process to RLIMIT_AS")
+def test_where_memory_really_runs_out_the_batch_that_is_named_fits() -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = re.findall(r"a batch of 32 rows does not fit in memory; (\d+) fit: set batch to \1; ran (\d+)", done.stdout)
+    assert len(told) == 2, done.stdout
+    forward, backward = (int(fits) for fits, _ in told)
+    assert 0 < backward <= forward < 32
+    assert {int(ran) for _, ran in told} == {32 * 256}  # under the same limit, all rows
 
 
 def test_no_rows() -> None:

@@ -177,7 +177,7 @@ def test_two_at_once_are_refused(tiny_run: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", methods())
 def test_every_method_is_a_step_and_says_where_it_is_from(name: str) -> None:
     assert files(METHODS).joinpath(f"{name}.yaml").read_text().startswith("# ")
-    data = {"model": "x", "data": "y", "run": "z"}
+    data = {"model": "hf://org/x", "data": "y", "run": "z"}
     given = {"method": name}
     if name != "armor":
         given["ratio"] = 0.25

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.compress.calibration import InputMoments
+from pipeline.compress.architecture import anatomy
+from pipeline.compress.calibration import Calibration, InputMoments
 from pipeline.compress.compensation.refit import Refit
 from pipeline.compress.importance.obs import Obs, removal_scores, unit_scores
+from pipeline.compress.surgery import cut
 from pipeline.errors import TamisError
 
 torch = pytest.importorskip("torch")
@@ -132,3 +137,30 @@ def test_dependent_inputs_need_damping() -> None:
     Refit(damping=0).apply(body, groups, {"0.neuron": np.array([0])}, calibration)  # what stays is independent
     np.testing.assert_allclose(calibration.model.consumer.weight.detach()[0, 1:], [3, 3], rtol=1e-5)
     assert calibration.measure(InputMoments(("consumer",), gram=True))["consumer.gram"].shape == (3, 3)
+
+
+def test_a_refit_behind_what_is_pruned_is_solved_block_after_block(tiny_trained: Any) -> None:
+    """The first block as behind the dense model, the second on what the first, cut and refit, puts out."""
+    model, _, blocks = tiny_trained
+    body = anatomy(model)
+    groups = body.units("neuron")
+    removal = {u.name: np.arange(0, u.count, 2) for u in groups}
+    dense, found = deepcopy(model), deepcopy(model)
+    Refit().apply(anatomy(dense), groups, removal, Calibration.of_blocks(dense, blocks[:6]))
+    calibration = Calibration.of_blocks(found, blocks[:6])
+    assert Refit(inputs="pruned").probes(body, groups) == []
+    Refit(inputs="pruned").apply(anatomy(found), groups, removal, calibration)
+    assert calibration.passes["forward"] == round(6 * 64 * 5 / 3)
+    cut(dense, groups, removal)
+    cut(found, groups, removal)
+    first, second = (u.consumer for u in groups[:2])
+    torch.testing.assert_close(
+        found.get_submodule(first).weight, dense.get_submodule(first).weight, rtol=1e-3, atol=1e-5
+    )
+    assert not torch.allclose(found.get_submodule(second).weight, dense.get_submodule(second).weight, rtol=1e-2)
+    by_hand = deepcopy(model)
+    cut(by_hand, groups[:1], {groups[0].name: removal[groups[0].name]})
+    by_hand.get_submodule(first).weight.data = found.get_submodule(first).weight.data
+    Refit().apply(anatomy(by_hand), groups[1:2], removal, Calibration.of_blocks(by_hand, blocks[:6]))
+    expected = by_hand.get_submodule(second).weight[:, 1::2]
+    torch.testing.assert_close(found.get_submodule(second).weight, expected, rtol=1e-3, atol=1e-5)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pipeline.compress._weights import matrix
 from pipeline.compress.allocation._fill import free
 from pipeline.compress.allocation.base import Evidence, Target
 from pipeline.compress.calibration import Turns
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 
 def linears(body: Anatomy) -> list[tuple[str, ...]]:
-    """Full names of every block's matrices; none twice (a fused one serves query, key and value)."""
+    """Full names of every block's linear modules that all tokens pass, without a mixture's; none twice (a fused one
+    serves query, key and value)."""
     blocks = []
     for layer in body.layers:
         a, mlp = layer.attention, layer.mlp
@@ -31,12 +33,21 @@ def linears(body: Anatomy) -> list[tuple[str, ...]]:
     return blocks
 
 
-def outward(module: Any) -> torch.Tensor:
-    """A linear's weight as (out, in), float32, whichever way round the module stores it."""
-    from transformers.pytorch_utils import Conv1D
+def matrices(body: Anatomy) -> list[tuple[str, ...]]:
+    """Names (`_weights.place`) of all matrices of every block whose weights can go: the linears, and of a mixture those
+    of each expert and of the shared ones. Routers, and the gate of shared experts, are none."""
+    blocks = []
+    for layer, names in zip(body.layers, linears(body), strict=True):
+        if e := layer.experts:
+            names += tuple(name for name in e.shared if not name.endswith("_gate"))
+            names += tuple(f"{e.stack}.{own}.{i}" for i in range(e.count) for own in ("gate_up_proj", "down_proj"))
+        blocks.append(names)
+    return blocks
 
-    weight: torch.Tensor = module.weight.detach().float()
-    return weight.T if isinstance(module, Conv1D) else weight
+
+def outward(body: Anatomy, name: str) -> torch.Tensor:
+    """A matrix's weight (out, in), float32, whichever way round its module stores it."""
+    return matrix(body, name).float()
 
 
 def by_block(
@@ -75,9 +86,10 @@ def turns(evidence: Evidence, kind: str, what: str) -> np.ndarray:
     return mean
 
 
-def parameters_of(body: Anatomy, part: Part) -> list[torch.nn.Parameter]:
-    """The parameters that hold a part, each once: a matrix's weight, or weights and biases of the members of units."""
+def parameters_of(body: Anatomy, part: Part) -> list[torch.Tensor]:
+    """What holds a part, each once: a matrix's weight (out, in), or weights and biases of the members of units; views
+    that write through."""
     if not isinstance(part, Units):
-        return [body.modules[part.name].weight]
+        return [matrix(body, part.name)]
     held = {id(p): p for m in part.members for p, _ in axes(body.modules[m.module], m.side)}
     return list(held.values())

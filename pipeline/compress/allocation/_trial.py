@@ -26,7 +26,7 @@ def scores_of(evidence: Evidence, part: Part, index: int) -> np.ndarray:
         return np.asarray(evidence.scores[index])
     if isinstance(part, Units):
         raise ConfigError("allocation: units go by their scores, and there are none: name an importance")
-    found: np.ndarray = outward(evidence.body.modules[part.name]).abs().flatten().cpu().numpy()
+    found: np.ndarray = outward(evidence.body, part.name).abs().flatten().cpu().numpy()
     return found
 
 
@@ -34,7 +34,6 @@ def scores_of(evidence: Evidence, part: Part, index: int) -> np.ndarray:
 def without(model: nn.Module, body: Anatomy, part: Part, scores: np.ndarray, removed: int) -> Iterator[None]:
     """A model with the lowest pieces of one part at zero while the context lasts."""
     import torch
-    from transformers.pytorch_utils import Conv1D
 
     held = parameters_of(body, part)
     before = [p.detach().clone() for p in held]
@@ -42,11 +41,9 @@ def without(model: nn.Module, body: Anatomy, part: Part, scores: np.ndarray, rem
         if isinstance(part, Units):
             zero(model, [part], {part.name: lowest(scores, part.count - removed, part.groups)})
         else:
-            weight = held[0].detach()
-            weight = weight.T if isinstance(body.modules[part.name], Conv1D) else weight
             mask = torch.zeros(part.count, dtype=torch.bool)
             mask[torch.from_numpy(lowest(scores, part.count - removed))] = True
-            weight.masked_fill_(mask.view(weight.shape).to(weight.device), 0)
+            held[0].masked_fill_(mask.view(held[0].shape).to(held[0].device), 0)
         yield
     finally:
         with torch.no_grad():

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from pipeline.compress.allocation._blocks import by_block, linears, outward
+from pipeline.compress.allocation._blocks import by_block, matrices, outward
 from pipeline.compress.allocation._fill import spread
 from pipeline.compress.allocation.base import Allocation, Evidence, Target
 
@@ -44,11 +44,10 @@ class Farms(Allocation):
     source: ClassVar[str] = "Hu et al. 2025, arXiv 2506.06280"
 
     def keep(self, parts: Sequence[Part], target: Target, evidence: Evidence) -> np.ndarray:
-        modules = evidence.body.modules
         fit = hill if self.fit == "hill" else peak
         alphas = [
-            [fit(eigenvalues(outward(modules[n]), self.window, self.positions)) for n in names]
-            for names in linears(evidence.body)
+            [fit(eigenvalues(outward(evidence.body, n), self.window, self.positions)) for n in names]
+            for names in matrices(evidence.body)
         ]
         mean = np.array([np.mean(alpha) if alpha else 0.0 for alpha in alphas])
         return spread(parts, target, by_block(parts, target, mean, self._shares))

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
-from pipeline.compress.allocation._blocks import by_block, linears, outward
+from pipeline.compress._routed import matrix_moments
+from pipeline.compress.allocation._blocks import by_block, matrices, outward
 from pipeline.compress.allocation._fill import spread
 from pipeline.compress.allocation.base import Allocation, Evidence, Target
-from pipeline.compress.calibration import InputMoments
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,20 +41,19 @@ class Owl(Allocation):
     source: ClassVar[str] = "Yin et al. 2023, arXiv 2310.05175"
 
     def probes(self, body: Anatomy, parts: Sequence[Part]) -> list[Probe]:
-        return [InputMoments(tuple(name for block in linears(body) for name in block))]
+        return matrix_moments(body, [name for block in matrices(body) for name in block])
 
     def keep(self, parts: Sequence[Part], target: Target, evidence: Evidence) -> np.ndarray:
         if evidence.calibration is None:
             raise ConfigError("allocation owl: looks at activations and needs calibration data")
         body = evidence.body
-        modules = body.modules
         moments = evidence.calibration.measure(*self.probes(body, parts))
         outliers = np.array(
             [
                 outlier_share(
-                    [outward(modules[n]).abs() * moments[f"{n}.square"].sqrt().float() for n in block], self.outlier
+                    [outward(body, n).abs() * moments[f"{n}.square"].sqrt().float() for n in block], self.outlier
                 )
-                for block in linears(body)
+                for block in matrices(body)
             ]
         )
         return spread(parts, target, by_block(parts, target, outliers, self._shares))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
+from pipeline.compress._weights import matrix, oriented
 from pipeline.compress.allocation._fill import limits
 from pipeline.compress.allocation._rank import take_lowest
 from pipeline.compress.allocation.base import Allocation, Evidence, Target
@@ -35,11 +36,8 @@ class Snip(Allocation):
         if evidence.calibration is None:
             raise ConfigError("allocation snip: looks at gradients and needs calibration data")
         gradients = evidence.calibration.gradients()
-        bounds = limits(parts, target)
-        values = [
-            (evidence.body.modules[p.name].weight.detach() * gradients[f"{p.name}.weight"]).abs().flatten().double()
-            for p in parts
-        ]
+        body, bounds = evidence.body, limits(parts, target)
+        values = [(matrix(body, p.name) * oriented(body, p.name, gradients)).abs().flatten().double() for p in parts]
         removed = take_lowest(parts, [v.cpu().numpy() for v in values], bounds, bounds.budget)
         kept: np.ndarray = np.array([part.count for part in parts], np.int64) - removed
         return kept

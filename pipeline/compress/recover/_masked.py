@@ -17,15 +17,16 @@ from pipeline.compress.recover._session import Session
 
 
 class LowRank(nn.Module):  # type: ignore[misc]  # torch is untyped here
-    """W + s B A. A is uniform as nn.Linear's weight, B is 0."""
+    """W + s B A, for each of a stack of matrices (experts, out, in) too. A is uniform as nn.Linear's weight, B is 0."""
 
     def __init__(self, weight: torch.Tensor, mask: torch.Tensor, rank: int, scale: float) -> None:
         super().__init__()
         self.register_buffer("mask", mask.to(weight.device, torch.bool), persistent=False)
         self.scale = scale
-        self.a = nn.Parameter(torch.empty(rank, weight.shape[1], device=weight.device))
-        self.b = nn.Parameter(torch.zeros(weight.shape[0], rank, device=weight.device))
-        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+        *stack, rows, columns = weight.shape
+        self.a = nn.Parameter(torch.empty(*stack, rank, columns, device=weight.device))
+        self.b = nn.Parameter(torch.zeros(*stack, rows, rank, device=weight.device))
+        nn.init.kaiming_uniform_(self.a.flatten(0, -2), a=math.sqrt(5))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + self.scale * (self.b @ self.a)
@@ -60,17 +61,17 @@ class MaskedSession(Session):
         self, model: nn.Module, masks: dict[str, torch.Tensor], adapter: str | None, rank: int, scale: float
     ) -> None:
         super().__init__(model, masks)
-        self.corrected: dict[str, nn.Module] = {}
+        self.corrected: dict[str, tuple[nn.Module, str]] = {}
         for name, mask in masks.items() if adapter else ():
-            module = model.get_submodule(name.rpartition(".")[0])
-            correction = ADAPTERS[adapter or ""](module.weight, mask, rank, scale)
-            register_parametrization(module, "weight", correction)
-            self.corrected[name] = module
+            owner, _, own = name.rpartition(".")
+            module = model.get_submodule(owner)
+            register_parametrization(module, own, ADAPTERS[adapter or ""](getattr(module, own), mask, rank, scale))
+            self.corrected[name] = module, own
         self.kept = {name: self.masks.pop(name) for name in self.corrected}
 
     def merge(self) -> nn.Module:
-        for name, module in self.corrected.items():
-            remove_parametrizations(module, "weight", leave_parametrized=True)
+        for name, (module, own) in self.corrected.items():
+            remove_parametrizations(module, own, leave_parametrized=True)
             with torch.no_grad():
-                module.weight.mul_(self.kept[name])
+                getattr(module, own).mul_(self.kept[name])
         return super().merge()

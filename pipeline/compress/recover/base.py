@@ -70,8 +70,6 @@ class Setup:
 class Recovery(Recipe, ABC):
     """How a smaller model is healed. One file and one class a method; the module's name is its `kind`."""
 
-    needs_teacher: ClassVar[bool] = False
-    """Whether it learns from the model before it was made smaller."""
     source: ClassVar[str] = ""
     """Paper and section, in a line."""
 
@@ -91,6 +89,11 @@ class Recovery(Recipe, ABC):
     patience: int | None = Field(
         None, ge=1, description="held-out losses without a new best after which it stops; the best weights are returned"
     )
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it learns from the model before it was made smaller."""
+        return False
 
     @abstractmethod
     def begin(self, setup: Setup) -> Session:

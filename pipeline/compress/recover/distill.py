@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 class Distill(Recovery):
     """Forward KL to the parent's next-token distribution, and what else is weighed in."""
 
-    needs_teacher: ClassVar[bool] = True
     source: ClassVar[str] = "Muralidharan et al. 2024, arXiv 2407.14679; Ben-Baruch et al. 2024, arXiv 2403.07854"
     kind: Literal["distill"] = "distill"
     temperature: float = Field(1.0, gt=0)
@@ -60,6 +59,10 @@ class Distill(Recovery):
         if self.hidden != "none" and self.hidden_weight is None and not self.weights[1]:
             raise ValueError("hidden_weight null balances hidden states with L_logits, whose kl_weight is 0: set one")
         return self
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
 
     @property
     def weights(self) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,14 +18,19 @@ class LowRank(BaseModel):
     Source: Mozaffari et al. 2024, "SLiM: One-shot Quantization and Sparsity with Low-rank Approximation for LLM Weight
     Compression", arXiv 2410.09615: the SVD of E diag(x) = U s V^T with E = W - W_pruned and x the saliency of inputs
     gives L = U_r s_r, R = V_r^T diag(1 / x); what is left of the weighted error is exactly the tail of the spectrum.
-    Works on any mask. `saliency`: the paper's mean |x|, or the code's root mean square; where an input was never
-    active the SVD is not weighted (the code shifts such inputs instead). Rank share 0.1 is the authors'.
+    Works on any mask, of every matrix that a linear module holds. `saliency`: the paper's mean |x|, or the code's root
+    mean square; where an input was never active the SVD is not weighted (the code shifts such inputs instead). Rank
+    share 0.1 is the authors'.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: float = Field(0.1, gt=0, le=1, description="share of the smaller side of each matrix")
     saliency: Literal["mean", "rms"] = "mean"
+    fold: bool = Field(
+        False,
+        description="add L R to the weight instead of keeping it beside: dense again, for loaders that know no factors",
+    )
 
     def fit(self, matrix: Matrix, pruned: Pruned) -> tuple[torch.Tensor, torch.Tensor]:
         """L (out, r) and R (r, in), float32."""
@@ -44,9 +48,3 @@ def low_rank(error: torch.Tensor, saliency: torch.Tensor, rank: int) -> tuple[to
     x = x if bool((x > 0).all()) else torch.ones_like(x)
     u, s, v = torch.linalg.svd(error * x, full_matrices=False)
     return u[:, :rank] * s[:rank], v[:rank] / x
-
-
-def cost_of(adapters: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, int]:
-    """What low-rank parts add: parameters r (in + out), and two FLOPs a token for each."""
-    parameters = sum(left.numel() + right.numel() for left, right in adapters.values())
-    return {"parameters": parameters, "flops_per_token": 2 * parameters}

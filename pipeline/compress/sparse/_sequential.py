@@ -11,7 +11,7 @@ A batch that gives a value which is not finite is run again row by row; rows at 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pipeline.compress._routed import expert_inputs
 from pipeline.compress.calibration import DROPPED, Batch, Calibration, Stage, Sums, out_of_memory, run, stage_add
 from pipeline.errors import TamisError
 
@@ -63,9 +64,10 @@ def walk(
 ) -> Iterator[tuple[list[str], Sums]]:
     """For each block with modules to prune their full names and sums (`NAME.square`, ..., and `tokens`).
 
-    `inside[i]`: those of block i. `needed` besides squares: `abs`, `gram`. The caller prunes them before it asks for
-    the next. Counts what ran in `calibration.passes`, a block as its share of the model. Raises TamisError where too
-    many rows are dropped.
+    `inside[i]`: those of block i; matrices of stacked experts by their names too, with the tokens that were routed to
+    them as `NAME.tokens`. `needed` besides squares: `abs`, `gram`. The caller prunes them before it asks for the next.
+    Counts what ran in `calibration.passes`, a block as its share of the model. Raises TamisError where too many rows
+    are dropped.
     """
     model = calibration.model.eval()
     layers = model.get_submodule(blocks)
@@ -75,9 +77,8 @@ def walk(
     ran = dropped = 0
     for i, block in enumerate(layers[: last + 1]):
         if inside[i]:
-            modules = {name: model.get_submodule(name) for name in inside[i]}
-            sums: Sums = {}
-            streams = [part for s in streams for part in _measure(s, block, i, modules, needed, sums, propagate)]
+            hook, sums = partial(_hook, model, inside[i], needed), Sums()
+            streams = [part for s in streams for part in _measure(s, block, i, hook, sums, propagate)]
             dropped = rows - sum(len(s.hidden) for s in streams)
             if dropped > DROPPED * rows:
                 raise TamisError(
@@ -127,15 +128,13 @@ def _measure(
     stream: Stream,
     block: nn.Module,
     i: int,
-    modules: Mapping[str, nn.Module],
-    needed: Set[str],
+    hook: Callable[[Stage], list[Any]],
     sums: Sums,
     propagate: Literal["pruned", "dense"],
 ) -> list[Stream]:
     """Add what a stream gives to the sums; returns the stream, or what is left of it, one row each."""
     stage = Stage(stream.counted)
-    see = _sums(stage, needed)
-    handles = [m.register_forward_pre_hook(partial(_hook, see, name)) for name, m in modules.items()]
+    handles = hook(stage)
     try:
         out = stream.forward(block, i)
     finally:
@@ -151,11 +150,27 @@ def _measure(
     if len(stream.hidden) == 1:
         return []
     one_by_one = (stream.row(r) for r in range(len(stream.hidden)))
-    return [part for row in one_by_one for part in _measure(row, block, i, modules, needed, sums, propagate)]
+    return [part for row in one_by_one for part in _measure(row, block, i, hook, sums, propagate)]
 
 
-def _hook(see: Callable[[str, torch.Tensor], None], name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    see(name, args[0])
+def _hook(model: nn.Module, names: list[str], needed: Set[str], stage: Stage) -> list[Any]:
+    """Hang hooks into a model that stage what matrices of these names read; returns their handles."""
+    see, modules = _sums(stage, needed), dict(model.named_modules())
+
+    def read(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        see(name, args[0])
+
+    def routed(stack: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for own, x in expert_inputs(module, args, stage.mask):
+            if (name := f"{stack}.{own}") in wanted:
+                see(name, x)
+                stage_add(stage, f"{name}.tokens", torch.tensor(float(len(x))))
+
+    linears = [name for name in names if name in modules]
+    wanted = set(names).difference(linears)
+    stacks = dict.fromkeys(name.rsplit(".", 2)[0] for name in names if name in wanted)
+    handles = [modules[name].register_forward_pre_hook(partial(read, name)) for name in linears]
+    return handles + [modules[name].register_forward_pre_hook(partial(routed, name)) for name in stacks]
 
 
 def _sums(stage: Stage, needed: Set[str]) -> Callable[[str, torch.Tensor], None]:

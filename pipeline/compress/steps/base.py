@@ -19,15 +19,13 @@ if TYPE_CHECKING:
 @dataclass
 class Outcome:
     """What a step leaves: the model (the same object, changed, unless said otherwise), masks of weights that were set
-    to zero and must stay so (by parameter name, True where kept), low-rank parts to add to modules (by name: L (out, r)
-    and R (r, in), which LoRA may begin from), kept token ids where the vocabulary was trimmed, and `report`, JSON-able,
-    for the model's card."""
+    to zero and must stay so (by parameter name, True where kept), kept token ids where the vocabulary was trimmed, and
+    `report`, JSON-able, for the model's card."""
 
     model: nn.Module
     removed: dict[str, np.ndarray] = field(default_factory=dict)
     """Indices of units that were cut, by the name of `Units`; an optimizer cuts its moments along with them."""
     masks: dict[str, torch.Tensor] = field(default_factory=dict)
-    adapters: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     vocabulary: np.ndarray | None = None
     report: dict[str, Any] = field(default_factory=dict)
 

@@ -9,8 +9,8 @@ Criteria:
 - `frequency`: how many tokens are routed to an expert.
 - `stun`: experts whose router rows are alike are clustered, and the one closest to its cluster's mean stays, with its
   own router row. Lee et al. 2024, "STUN: Structured-Then-Unstructured Pruning for Scalable MoE Pruning", arXiv
-  2409.06211. Needs no data; follow it with a `sparse` step. They choose one threshold for all layers and average small
-  clusters; here every layer keeps as many, and no expert is averaged, for neurons are not aligned.
+  2409.06211. Needs no data; the step `stun` lets single weights follow. They choose one threshold for all layers and
+  average small clusters; here every layer keeps as many, and no expert is averaged, for neurons are not aligned.
 - `random`: chance.
 
 Memory gets less and FLOPs a token do not: the router still chooses as many. Shared experts stay. After healing at scale

@@ -1,9 +1,16 @@
 """Single weights go to zero: any method of `pipeline.compress.sparse`, any allocation over matrices, or N:M.
 
-Only the matrices of attention and MLP are pruned: embeddings, head, norms, biases and routers stay. Methods that look
-at data go block after block, each measured behind pruned ones (`pipeline.compress.sparse._sequential`): two forward
-passes; one with `propagate: dense`. Counts are exact. `Outcome.masks` says what must stay zero: as the method chose it,
-so a weight that happens to be 0 may still be trained.
+Only the matrices of attention and MLP are pruned, those of a mixture's experts one by one: embeddings, head, norms,
+biases and routers stay. Methods that look at data go block after block, each measured behind pruned ones
+(`pipeline.compress.sparse._sequential`): two forward passes; one with `propagate: dense`. Counts are exact.
+`Outcome.masks` says what must stay zero: as the method chose it, so a weight that happens to be 0 may still be trained.
+
+An expert is measured on the tokens that are routed to it. Where these are fewer than `least`, what they say of its
+inputs is not believed: all of them count the same, so that Wanda, for one, goes by magnitude. The report says which.
+
+A `low_rank` part stays in the model, in modules of its own (`sparse._modules`), which the folder keeps and
+`pipeline.compress.folder.load` restores; transformers alone refuses that folder. With `fold: true` it is added to the
+weights, which any loader reads, and nothing is 0 any more.
 
 Zeros make nothing faster on dense kernels. The report says how many bytes they would save, and not how many FLOPs.
 """
@@ -12,6 +19,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -19,22 +27,24 @@ import numpy as np
 from pydantic import Field, SerializeAsAny, model_validator
 
 from pipeline.compress._weights import matrix as weight_of
-from pipeline.compress.allocation._blocks import linears
+from pipeline.compress._weights import oriented
+from pipeline.compress.allocation._blocks import matrices
 from pipeline.compress.allocation._fill import free
 from pipeline.compress.allocation.base import Allocation, Evidence, Target
 from pipeline.compress.allocation.global_rank import GlobalRank
 from pipeline.compress.allocation.uniform import Uniform
 from pipeline.compress.architecture import anatomy
-from pipeline.compress.sparse._low_rank import LowRank, cost_of
+from pipeline.compress.sparse._low_rank import LowRank
 from pipeline.compress.sparse._storage import bitmask_bytes, csr_bytes, pattern_bytes
 from pipeline.compress.sparse.armor import Armor
-from pipeline.compress.sparse.base import Criterion, Matrix, Pattern, Pruner, Quota
+from pipeline.compress.sparse.base import Criterion, Matrix, Pattern, Pruned, Pruner, Quota
 from pipeline.compress.steps.base import Outcome, Step
 from pipeline.compress.units import Part
 from pipeline.config import recipe_in
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from pipeline.compress.architecture import Anatomy
@@ -55,7 +65,8 @@ class Sparse(Step):
     layers: tuple[int, int | None] = Field((0, None), description="first layer to prune, and one behind the last")
     propagate: Literal["pruned", "dense"] = Field("pruned", description="what the next block is measured behind")
     refit: bool = Field(False, description="least-squares weights under the final mask; O(out in^3) a matrix")
-    low_rank: LowRank | None = Field(None, description="SLiM: fit L R to what the mask took (Outcome.adapters)")
+    low_rank: LowRank | None = Field(None, description="SLiM: fit L R to what the mask took, and keep it beside")
+    least: int = Field(32, ge=1, description="tokens that an expert must be routed for what it reads to count")
     indivisible: Literal["refuse", "skip"] = Field(
         "refuse", description="what to do with a matrix whose sides the pattern or the method does not fit"
     )
@@ -78,45 +89,69 @@ class Sparse(Step):
     def apply(self, model: nn.Module, calibration: Calibration) -> Outcome:
         import torch
 
-        from pipeline.compress.sparse._modules import LowRankLinear, replace, store
-        from pipeline.compress.sparse._refit import refit
-
-        body = anatomy(model)
+        body, parameters = anatomy(model), _parameters(model)
         parts = self._parts(body)
         quotas = self._quotas(body, parts, calibration)
         gradients = calibration.squared_gradients() if self.method.needs == "gradients" and quotas else {}
         outcome = Outcome(model)
         kept = {part.name: part.count for part in parts}
         notes: dict[str, str] = {}
+        routed: dict[str, dict[str, int]] = {}
         with torch.no_grad():
             for names, sums in self._visits(body, quotas, calibration):
                 for name in names:
                     matrix = _matrix(body, name, sums, gradients, calibration.rows)
+                    if f"{name}.tokens" in sums:
+                        stack, _, expert = name.rsplit(".", 2)
+                        routed.setdefault(stack, {})[expert] = int(matrix.tokens)
+                        if matrix.tokens < self.least:
+                            matrix, notes[name] = _unseen(matrix), f"{matrix.tokens:.0f} tokens: inputs count alike"
                     pruned = self.method.prune(matrix, quotas[name])
-                    if self.refit:
-                        pruned.weight = refit(matrix, pruned.mask)
                     if pruned.note:
                         log.warning("%s: %s", name, pruned.note)
                         notes[name] = pruned.note
-                    kept[name] = int(pruned.mask.sum())
-                    outcome.masks |= store(model, name, pruned)
-                    if self.low_rank:
-                        outcome.adapters[name] = self.low_rank.fit(matrix, pruned)
-                        replace(model, name, LowRankLinear(body.modules[name], *outcome.adapters[name]))
-            for name in outcome.adapters:  # what came behind was measured with them; they are not part of the model
-                replace(model, name, body.modules[name])
+                    kept[name] = self._store(model, body, matrix, pruned, outcome.masks)
         if quotas:
             calibration.forget()
-        outcome.report = self._report(body, parts, kept, notes, outcome)
+        outcome.report = self._report(body, parts, kept, parameters) | {"notes": notes}
+        if routed:
+            outcome.report["routed"] = routed
+        if self.low_rank and not self.low_rank.fold:
+            added = _parameters(model) - parameters
+            outcome.report["low_rank"] = {"parameters": added, "flops_per_token": 2 * added}
         return outcome
+
+    def _store(
+        self, model: nn.Module, body: Anatomy, matrix: Matrix, pruned: Pruned, masks: dict[str, torch.Tensor]
+    ) -> int:
+        """Put what stays of a matrix into the model, and what makes up for the rest; returns how many weights stay."""
+        import torch
+
+        from pipeline.compress.sparse._modules import put, store, with_low_rank
+        from pipeline.compress.sparse._refit import refit
+
+        if self.refit:
+            pruned.weight = refit(matrix, pruned.mask)
+        if self.low_rank:
+            left, right = self.low_rank.fit(matrix, pruned)
+            if not self.low_rank.fold:
+                store(model, body, matrix.name, pruned, masks)
+                put(model, matrix.name, with_low_rank(body.modules[matrix.name], left, right))
+                return int(pruned.mask.sum())
+            pruned = Pruned(torch.ones_like(pruned.mask), pruned.weight + left @ right)
+        store(model, body, matrix.name, pruned, masks)
+        return int(pruned.mask.sum())
 
     def _parts(self, body: Anatomy) -> list[Part]:
         """The matrices that can be pruned. Raises ConfigError where one cannot and must not be skipped."""
         parts = []
-        if any(layer.experts for layer in body.layers):
-            log.warning("sparse: the matrices of experts are left as they are")
-        for layer, names in enumerate(linears(body)):
+        factored = bool(self.low_rank and not self.low_rank.fold)
+        if any(layer.experts for layer in body.layers) and (factored or not getattr(self.method, "fold", True)):
+            raise ConfigError("sparse: stacked experts have no room for factors beside their weights: set fold: true")
+        for layer, names in enumerate(matrices(body)):
             for name in names:
+                if factored and hasattr(body.modules[name], "left"):
+                    raise ConfigError(f"sparse: {name} has a low-rank part already: leave low_rank out of this step")
                 shape = tuple(weight_of(body, name).shape)
                 if why := self.method.fits((shape[0], shape[1]), self.pattern):
                     said = f"{name} cannot be pruned: {why}"
@@ -155,7 +190,7 @@ class Sparse(Step):
         self, body: Anatomy, quotas: dict[str, Quota], calibration: Calibration
     ) -> Iterable[tuple[list[str], Sums]]:
         """Matrices to prune, and what was seen of them, in the order in which they are pruned."""
-        inside = [[name for name in names if name in quotas] for names in linears(body)]
+        inside = [[name for name in names if name in quotas] for names in matrices(body)]
         if not quotas or (self.method.needs == "none" and not self.refit and not self.low_rank):
             return [(names, {}) for names in inside]
         from pipeline.compress.sparse._sequential import walk
@@ -164,19 +199,14 @@ class Sparse(Step):
         needed |= {"abs"} if self.low_rank and self.low_rank.saliency == "mean" else set()
         return walk(calibration, body.blocks, inside, needed, self.propagate)
 
-    def _report(
-        self, body: Anatomy, parts: list[Part], kept: dict[str, int], notes: dict[str, str], outcome: Outcome
-    ) -> dict[str, Any]:
-        modules = body.modules or {}
+    def _report(self, body: Anatomy, parts: list[Part], kept: dict[str, int], parameters: int) -> dict[str, Any]:
         total, stay = sum(p.count for p in parts), sum(kept.values())
-        sizes = {p.name: modules[p.name].weight.element_size() for p in parts}
-        shapes = {
-            p.name: (p.count // modules[p.name].weight.shape[-1], modules[p.name].weight.shape[-1]) for p in parts
-        }
+        weights = {p.name: weight_of(body, p.name) for p in parts}
+        sizes = {name: weight.element_size() for name, weight in weights.items()}
         stored = {
             "dense": sum(p.count * sizes[p.name] for p in parts),
             "bitmask": sum(bitmask_bytes(p.count, kept[p.name], sizes[p.name]) for p in parts),
-            "csr": sum(csr_bytes(shapes[p.name], kept[p.name], sizes[p.name]) for p in parts),
+            "csr": sum(csr_bytes(tuple(weights[p.name].shape), kept[p.name], sizes[p.name]) for p in parts),
         }
         if self.pattern:
             stored["pattern"] = sum(
@@ -185,25 +215,31 @@ class Sparse(Step):
                 else p.count * sizes[p.name]
                 for p in parts
             )
-        report: dict[str, Any] = {
+        return {
             "removed_weights": total - stay,
             "of_prunable": (total - stay) / total,
-            "of_parameters": (total - stay) / sum(p.numel() for p in outcome.model.parameters()),
+            "of_parameters": (total - stay) / parameters,
             "kept": {p.name: f"{kept[p.name]} of {p.count}" for p in parts},
             "bytes": stored,
-            "notes": notes,
         }
-        if outcome.adapters:
-            report["adapters"] = cost_of(outcome.adapters)
-        return report
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def _unseen(matrix: Matrix) -> Matrix:
+    """A matrix of which is said that all its inputs are the same and independent."""
+    import torch
+
+    one = torch.ones(matrix.weight.shape[1], dtype=torch.float64, device=matrix.weight.device)
+    return replace(matrix, tokens=1.0, seen={**matrix.seen, "square": one, "abs": one, "gram": one.diag()})
 
 
 def _matrix(body: Anatomy, name: str, sums: Sums, gradients: Sums, rows: int) -> Matrix:
     """A matrix with what was seen of it: `gradients` are mean squares over the rows by parameter name, or empty."""
-    from pipeline.compress.sparse._modules import turned
-
     seen = {key.rpartition(".")[2]: value for key, value in sums.items() if key.startswith(f"{name}.")}
+    tokens = float(seen.pop("tokens", sums.get("tokens", 0)))
     if gradients:
-        gradient = (gradients[f"{name}.weight"] * rows).sqrt()
-        seen["gradient"] = gradient.T if turned(body.modules[name]) else gradient
-    return Matrix(name, weight_of(body, name).float().clone(), float(sums.get("tokens", 0)), seen)
+        seen["gradient"] = (oriented(body, name, gradients) * rows).sqrt()
+    return Matrix(name, weight_of(body, name).float().clone(), tokens, seen)

@@ -107,7 +107,7 @@ def test_matrices_without_scores_go_by_magnitude(tiny_models: dict[str, Any]) ->
         dense = tiny.output()
         for part, curve in zip(parts, curves, strict=True):
             other = deepcopy(tiny.model)
-            weight = outward(other.get_submodule(part.name))
+            weight = outward(anatomy(other), part.name)
             with torch.no_grad():
                 weight[weight.abs() < weight.abs().flatten().kthvalue(part.count // 2 + 1).values] = 0
             assert curve[1] == pytest.approx(float((tiny.output(other) - dense).square().sum(-1).mean()), rel=1e-4)

@@ -234,6 +234,57 @@ def test_perp_without_corrections_trains_norms_and_biases_alone(tiny_models: dic
     assert trained - set(norms) == {n for n in trained if n.endswith("bias")}
 
 
+def test_reconstruction_teaches_every_block_by_itself() -> None:
+    """By hand: each block on the teacher's own states; at the start 0 where nothing was pruned."""
+    teacher, model, read = student(), student(), ids(2)
+    masks = halves(model)
+    whole = {name: torch.ones_like(mask) for name, mask in masks.items()}
+    session = Perp(reconstruct=True, rank=2).begin(Setup(copy.deepcopy(teacher), read.numpy(), teacher, masks=whole))
+    assert float(session.loss(read).detach()) == pytest.approx(0, abs=1e-9)
+    session = Perp(reconstruct=True, rank=2).begin(Setup(model, read.numpy(), teacher, masks=masks))
+    loss = session.loss(read)
+    with torch.no_grad():
+        states: list[Any] = []
+        hooks = [
+            block.register_forward_hook(lambda module, args, out: states.append((args[0], out)))
+            for block in teacher.model.layers
+        ]
+        teacher(input_ids=read)
+        for hook in hooks:
+            hook.remove()
+        rotations = teacher.model.rotary_emb(states[0][0], torch.arange(16)[None])
+        expected = 0.0
+        for block, (given, wanted) in zip(model.model.layers, states, strict=True):
+            found = block(given, position_embeddings=rotations)
+            expected += float((found - wanted).square().sum() / wanted.square().sum())
+    assert float(loss.detach()) == pytest.approx(expected * 2 * 15, rel=1e-4)
+    loss.backward()
+    trained = session.parameters()
+    assert all(name.startswith("model.layers.") for name in trained)
+    assert all(p.grad is not None for p in trained.values())
+    with pytest.raises(ValidationError, match="reconstruct is of blocks"):
+        Perp(reconstruct=True, head=True)
+    with pytest.raises(ConfigError, match=r"the student has \(3, 16\) \(blocks, channels\), the teacher \(2, 16\)"):
+        Perp(reconstruct=True).begin(Setup(student(), ids().numpy(), student(layers=2), masks=masks))
+
+
+def test_reconstruction_closes_the_gap_without_labels(tiny_trained: Any, tmp_path: Path) -> None:
+    dense, _, blocks = tiny_trained
+    cut = copy.deepcopy(dense)
+    from pipeline.compress.steps.sparse import Sparse
+
+    step = Sparse.model_validate({"ratio": 0.6, "method": "magnitude"})
+    masks = step.apply(cut, Calibration.of_blocks(cut, blocks[:4])).masks
+    recipe = Perp(reconstruct=True, rank=4, lr=5e-3, batch=4)
+    before, known = (lm_loss(m, blocks[32:]) for m in (cut, dense))
+    with pytest.raises(ConfigError, match="perp needs a teacher"):
+        heal(copy.deepcopy(cut), recipe, blocks[:32], 64 * 8, directory=tmp_path / "none", masks=masks)
+    healed = heal(cut, recipe, blocks[:32], 64 * 128, directory=tmp_path / "heal", masks=masks, teacher=dense)
+    assert healed.losses[-1] < healed.losses[0]
+    assert lm_loss(healed.model, blocks[32:]) < before - 0.3 * (before - known)
+    assert all((healed.model.get_parameter(n)[~m] == 0).all() for n, m in masks.items())
+
+
 def test_what_perp_refuses() -> None:
     with pytest.raises(ConfigError, match="no step left masks"):
         Perp().begin(Setup(student(), ids().numpy()))

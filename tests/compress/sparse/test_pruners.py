@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from pipeline.compress.sparse._low_rank import cost_of, low_rank  # noqa: E402
+from pipeline.compress.sparse._low_rank import low_rank  # noqa: E402
 from pipeline.compress.sparse._refit import refit  # noqa: E402
 from pipeline.compress.sparse._select import keep_highest, select, shares  # noqa: E402
 from pipeline.compress.sparse._storage import bitmask_bytes, csr_bytes, pattern_bytes  # noqa: E402
@@ -250,7 +250,7 @@ def test_low_rank_of_the_spec() -> None:
     assert left_over(left, right) == pytest.approx(0.985215, abs=1e-6)
     plain = low_rank(e, torch.tensor([1.0, 0, 1, 1]), 1)  # an input that was never active: no weights
     assert left_over(*plain) == pytest.approx(1.329578, abs=1e-6)
-    assert cost_of({"toy": (left, right)}) == {"parameters": 7, "flops_per_token": 14}
+    assert left.numel() + right.numel() == 7
 
 
 def group(right: list[list[float]], target: list[float], d: list[float]) -> tuple[list[int], list[float], float]:

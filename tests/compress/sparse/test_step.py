@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 from pipeline.compress.allocation._blocks import linears  # noqa: E402
 from pipeline.compress.architecture import anatomy  # noqa: E402
 from pipeline.compress.calibration import Calibration, InputMoments  # noqa: E402
-from pipeline.compress.sparse._modules import LowRankLinear, WrappedLinear, replace  # noqa: E402
+from pipeline.compress.sparse._modules import LowRankPart, WrappedLinear, with_low_rank  # noqa: E402
 from pipeline.compress.sparse._sequential import capture, walk  # noqa: E402
 from pipeline.compress.steps.sparse import Sparse  # noqa: E402
 from pipeline.errors import ConfigError, TamisError  # noqa: E402
@@ -145,21 +145,32 @@ def test_armor_beats_its_own_beginning_on_a_trained_model(tiny_trained: Any) -> 
 
 
 def test_low_rank_part_beside_any_mask(tiny_trained: Any) -> None:
+    """Most of what a mask cost comes back; folded into the weights, the factors say the same and leave no zero."""
     model, _, blocks = tiny_trained
-    bare = deepcopy(model)
-    outcome = sparse(method="wanda", ratio=0.6, low_rank={"rank": 0.25, "saliency": "rms"}).apply(
-        bare, Calibration.of_blocks(bare, blocks[:12])
-    )
-    assert set(outcome.adapters) == {name.removesuffix(".weight") for name in outcome.masks}
-    assert not any(isinstance(m, LowRankLinear) for m in bare.modules())
-    without = lm_loss(bare, blocks[12:])
-    parameters = 0
-    for name, (left, right) in outcome.adapters.items():
-        replace(bare, name, LowRankLinear(bare.get_submodule(name), left, right))
-        assert f"{name}.weight" in dict(bare.named_parameters())  # masks stay valid
-        parameters += left.numel() + right.numel()
-    assert outcome.report["adapters"] == {"parameters": parameters, "flops_per_token": 2 * parameters}
-    assert lm_loss(bare, blocks[12:]) < without
+    low_rank = {"rank": 0.25, "saliency": "rms"}
+    loss, cut = {}, {}
+    for how, asked in {"bare": None, "beside": low_rank, "folded": low_rank | {"fold": True}}.items():
+        cut[how] = deepcopy(model)
+        outcome = sparse(method="wanda", ratio=0.6, low_rank=asked).apply(
+            cut[how], Calibration.of_blocks(cut[how], blocks[:12])
+        )
+        loss[how] = lm_loss(cut[how], blocks[12:])
+        parts = {name: m for name, m in cut[how].named_modules() if isinstance(m, LowRankPart)}
+        assert bool(outcome.masks) == (how != "folded")
+        assert set(parts) == ({n.removesuffix(".weight") for n in outcome.masks} if how == "beside" else set())
+        if how == "beside":
+            added = sum(m.left.numel() + m.right.numel() for m in parts.values())
+            assert outcome.report["low_rank"] == {"parameters": added, "flops_per_token": 2 * added}
+            parameters = dict(cut[how].named_parameters())
+            assert all((parameters[name][~mask] == 0).all() for name, mask in outcome.masks.items())
+            with pytest.raises(ConfigError, match="has a low-rank part already"):
+                sparse(method="wanda", ratio=0.7, low_rank=low_rank).apply(
+                    cut[how], Calibration.of_blocks(cut[how], blocks[:4])
+                )
+        elif how == "folded":
+            assert outcome.report["removed_weights"] == 0
+    assert loss["beside"] < loss["bare"] - 0.3 * (loss["bare"] - lm_loss(model, blocks[12:])), loss
+    assert loss["folded"] == pytest.approx(loss["beside"], rel=1e-4)
 
 
 def test_low_rank_and_wrapped_modules_compute_what_they_say(tiny_models: Any) -> None:
@@ -174,7 +185,10 @@ def test_low_rank_and_wrapped_modules_compute_what_they_say(tiny_models: Any) ->
 
     x, left, right = draw(2, 5, 8), draw(12, 3), draw(3, 8)
     for inner in (torch.nn.Linear(8, 12), Conv1D(12, 8)):
-        torch.testing.assert_close(LowRankLinear(inner, left, right)(x), inner(x) + x @ (left @ right).T)
+        beside = with_low_rank(inner, left, right)
+        assert isinstance(beside, type(inner))
+        assert beside.weight is inner.weight
+        torch.testing.assert_close(beside(x), inner(x) + x @ (left @ right).T)
     a, b, core = draw(3, 4, 4), draw(2, 4, 4), draw(12, 8)
     linear = torch.nn.Linear(8, 12)
     expected = x @ assemble(core, a, b).T + linear.bias
@@ -385,20 +399,3 @@ def test_a_block_that_does_not_fit_says_what_to_lower(tiny_models: Any) -> None:
     tiny.model.model.layers[1].mlp.register_forward_pre_hook(lambda module, args: torch.empty(1 << 60))
     with pytest.raises(TamisError, match="block 1 does not fit in memory with 3 rows at a time: set a smaller batch"):
         sparse(ratio=0.5, method="wanda").apply(tiny.model, Calibration(tiny.model, [tiny.batch]))
-
-
-def test_mixtures_keep_their_experts(caplog: pytest.LogCaptureFixture) -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24,
-        vocab_size=50, num_local_experts=4,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
-    with caplog.at_level(logging.WARNING):
-        outcome = sparse(ratio=0.5, method="wanda").apply(
-            model, Calibration(model, [{"input_ids": torch.arange(20).view(2, 10)}])
-        )
-    assert "the matrices of experts are left as they are" in caplog.text
-    assert all("self_attn" in name for name in outcome.masks)
-    assert outcome.report["removed_weights"] == 2 * 4 * 16 * 16 // 2
