@@ -28,8 +28,10 @@ from pydantic import (
 )
 
 from pipeline.concepts.kmeans import Cluster
+from pipeline.corpus.images import ImageColumn
 from pipeline.embed.base import Embed
 from pipeline.errors import ConfigError
+from pipeline.models.files import check_installed, existing, is_hub
 from pipeline.recipe import Recipe
 from pipeline.rewrite.base import Rewrite
 from pipeline.scores.base import Score
@@ -94,9 +96,28 @@ class CorpusConfig(Model):
     path: str | list[str] = Field(
         description="Parquet file, directory, glob or a list of them; local, s3://, gs://, hf://"
     )
-    text: str = Field("text", description="column that holds the text")
+    text: str | None = Field(
+        "text", description="column that holds the text; `json.FIELD` reads the documents of a tar; null: images alone"
+    )
+    image: str | None = Field(
+        None, description="column that holds images: bytes, struct<bytes, path>, or paths relative to the file"
+    )
+    max_image_mb: float = Field(64, gt=0, le=1024, description="MiB of an image, or of a tar's member, at the most")
+    image_roots: list[str] = Field(
+        [], description="directories that paths to images may lead into, beside that of the file which names them"
+    )
+    prompt: str | list[str] | None = Field(
+        None, description="instead of `text`: column, or columns, that a response answers"
+    )
+    response: str | None = Field(None, description="column of the response, which alone counts as loss")
+    messages: str | None = Field(
+        None, description="instead of `text`: column of conversations, list<struct<role, content>> or JSON"
+    )
+    template: str | None = Field(
+        None, description="tokenizer whose chat template writes them: folder or hf://org/name (default: plain)"
+    )
     id: str | None = Field(
-        None, description="column that names a row; without it a row's id is the xxh3-128 of its text"
+        None, description="column that names a row; without it a row's id is the xxh3-128 of its text and its image"
     )
     columns: list[str] | None = Field(None, description="source columns to carry into the curated set (default: all)")
     source: str | None = Field(
@@ -109,6 +130,59 @@ class CorpusConfig(Model):
         None, gt=0, description="compressed MiB a shard (default: a 32nd of the corpus, 1 to 64)"
     )
     refresh: bool = Field(False, description="list an object store again instead of trusting the run's listing")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_text(cls, data: Any) -> Any:
+        """Where a text is made of other columns, `text` names none unless the user says so."""
+        if isinstance(data, dict) and any(data.get(role) is not None for role in ("prompt", "response", "messages")):
+            return {"text": None} | data
+        return data
+
+    @model_validator(mode="after")
+    def _chat_fits(self) -> CorpusConfig:
+        if (self.prompt is None) != (self.response is None) or self.prompt == []:
+            raise ValueError("`prompt` and `response` go together: name the columns of both")
+        if self.prompt is not None and self.messages is not None:
+            raise ValueError("a row is either `prompt` and `response` or `messages`: remove one of them")
+        if self.chat_columns and self.text is not None:
+            raise ValueError("the text is made of prompt and response, or of messages: remove `text`")
+        if self.template is not None:
+            if not self.chat_columns:
+                raise ValueError("`template` writes conversations: name `prompt` and `response`, or `messages`")
+            check_installed("corpus.template", "models", "transformers", "jinja2")
+            if not is_hub(self.template):
+                existing(self.template, "tokenizer*.json")
+        return self
+
+    @model_validator(mode="after")
+    def _some_content(self) -> CorpusConfig:
+        if self.text is None and self.image is None and not self.chat_columns:
+            raise ValueError("a row needs a content: name the column of `text`, of `image` or of `messages`")
+        return self
+
+    @property
+    def max_image_bytes(self) -> int:
+        return int(self.max_image_mb * (1 << 20))
+
+    @property
+    def image_column(self) -> ImageColumn | None:
+        """How images are read; None where the corpus has none."""
+        return ImageColumn(self.image, self.max_image_bytes, tuple(self.image_roots)) if self.image else None
+
+    @property
+    def has_text(self) -> bool:
+        """Whether rows have a text, a column of its own or one that is made of a conversation."""
+        return self.text is not None or bool(self.chat_columns)
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt or ())
+
+    @property
+    def chat_columns(self) -> tuple[str, ...]:
+        """Columns that a conversation is made of; none where the corpus holds texts."""
+        return tuple(name for name in (*self.prompts, self.response, self.messages) if name is not None)
 
     @property
     def paths(self) -> list[str]:
@@ -173,9 +247,15 @@ class Config(Model):
             raise ValueError(f"two scores are named {twice!r}: give one of them another `name`")
         reserved = {"row", "embed", "concept", "combined", "select", "address", "corpus", "text", "id"}
         reserved |= {"spread", "rewrite", "kept", "removed", "kept_fraction"}
+        reserved |= {"curated", "image", "targets", "validation", "handoff_calibration", "handoff_recovery"}
         if taken := next((n for n in names if n in reserved), None):
             raise ValueError(f"a score cannot be named {taken!r}, which Tamis uses itself: give it another `name`")
         self.select.check_scores(names)
+        if self.corpus.text is None and (self.output.layout == "nanochat" or self.output.rewrite):
+            what = "layout: nanochat" if self.output.layout == "nanochat" else "rewrite"
+            raise ValueError(f"output.{what} needs a column of texts: name it in corpus.text")
+        if not self.corpus.has_text and self.embed is None and self.needs_vectors:
+            raise ValueError("the corpus has images alone: name an `embed` that reads them")
         if self.output.spread and not self.needs_concepts:
             raise ValueError("output.spread compares concepts: add `cluster: {k: auto}`")
         return self

@@ -74,7 +74,9 @@ def sieve(run: Run) -> Selection:
     late = [s for s in config.scores if s not in early]
     embed = embedding(config)
 
-    base = row_column(config.corpus.id is not None, config.corpus.tokenizer)
+    base = row_column(
+        config.corpus.id is not None, config.corpus.tokenizer, config.corpus.has_text, config.corpus.image is not None
+    )
     if run.stale(base):
         run.warm_up()
     for score in early:

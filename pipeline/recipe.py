@@ -13,6 +13,7 @@ Inputs are named by references:
 | reference | values |
 | --- | --- |
 | `text` | the corpus's text column, valid UTF-8, never blank |
+| `image` | the corpus's images as encoded bytes (binary), never empty, whatever the corpus stores |
 | `id` | the corpus's id column (null type where it has none) |
 | `corpus.NAME` | any other column of the source |
 | `COLUMN.FIELD` | a field of a derived column, e.g. `concept.distance`, `row.tokens` |

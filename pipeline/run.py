@@ -21,7 +21,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
@@ -33,9 +33,12 @@ import pyarrow.parquet as pq
 
 from pipeline import __version__
 from pipeline.artifact import Artifact, BuildTask
+from pipeline.corpus.chat import TYPES, Chat, template_of
+from pipeline.corpus.images import is_image
 from pipeline.corpus.listing import File, list_corpus, read_footers, reference_schema
 from pipeline.corpus.shards import MIB, Shard, default_shard_bytes, plan_shards
 from pipeline.corpus.storage import Store
+from pipeline.corpus.tar import index_place, is_tar
 from pipeline.corpus.text import is_text
 from pipeline.engine.aggregate import FAN_IN, MANY_SHARDS, FoldTask, MergeTask, load_state, state_name
 from pipeline.engine.components import PAIR_BYTES, check_keys, connect_components
@@ -78,7 +81,7 @@ class _FooterTask:
     def __call__(self, unit: tuple[int, list[File]], attempt: int) -> dict[str, Any]:
         index, files = unit
         with self.store.sink("scratch", "listing", part_name(index)) as sink:
-            pq.write_table(read_footers(files), sink)
+            pq.write_table(read_footers(files, self.store), sink)
         return {"rows": 0, "bytes": 0}
 
 
@@ -153,8 +156,11 @@ class Run:
     @property
     def failures(self) -> list[dict[str, str]]:
         """Everything of the corpus that is not in the result, with the reason: unreadable files and given-up shards."""
-        bad = self.listing.filter(pc.and_(self.listing["error"].is_valid(), pc.invert(self.listing["gone"])))
-        files = [{"file": file["uri"], "reason": file["error"]} for file in bad.select(["uri", "error"]).to_pylist()]
+        reasons = pc.coalesce(self.listing["error"], self.listing["cut"])
+        bad = pa.table({"file": self.listing["uri"], "reason": reasons})
+        files: list[dict[str, str]] = bad.filter(
+            pc.and_(reasons.is_valid(), pc.invert(self.listing["gone"]))
+        ).to_pylist()
         for index, why in sorted(self.failed.items()):
             for piece in self.shards[index].pieces:
                 groups = f"{piece.first_group}..{piece.first_group + len(piece.rows) - 1}"
@@ -167,33 +173,55 @@ class Run:
         corpus = self.config.corpus
         wanted = None
         if corpus.columns is not None:
-            wanted = list(dict.fromkeys([*corpus.columns, corpus.text, *([corpus.id] if corpus.id else [])]))
+            roles = [corpus.text, corpus.image, *corpus.chat_columns, corpus.id]
+            wanted = list(dict.fromkeys([*corpus.columns, *(name for name in roles if name is not None)]))
         self.listing = list_corpus(corpus.paths, self.store, wanted, corpus.refresh, self._read_chunks)
         self.schema = reference_schema(self.listing)
-        for role, name in (("text", corpus.text), ("id", corpus.id), ("source", corpus.source)):
+        self._of_tars = all(map(is_tar, self.listing["uri"].to_pylist()))
+        named = {"text": corpus.text, "image": corpus.image, "id": corpus.id, "source": corpus.source}
+        for role, name in named.items():
+            if name is not None and name not in self.schema.names and self._of_tars and name.startswith("json."):
+                self.schema = self.schema.append(pa.field(name, pa.string()))
             if name is not None and name not in self.schema.names:
                 columns = ", ".join(self.schema.names)
                 raise ConfigError(f"corpus.{role}: the corpus has no column {name!r}; it has {columns}")
-        kind = self.schema.field(corpus.text).type
-        if not is_text(kind):
+        if corpus.text is not None and not is_text(kind := self.schema.field(corpus.text).type):
             raise ConfigError(f"corpus.text: column {corpus.text!r} is {kind}, not text")
-        self.shards = plan_shards(self.listing, self._shard_bytes())
+        if corpus.image is not None and not is_image(kind := self.schema.field(corpus.image).type):
+            raise ConfigError(f"corpus.image: column {corpus.image!r} is {kind}, not images: bytes or paths")
+        chat = self._chat()
+        self.shards = plan_shards(self.listing, self._shard_bytes(), self.store, corpus.max_image_bytes)
         if not self.rows:
             raise CorpusError(f"corpus.path: the corpus has no rows in {len(self.listing)} files")
-        self.layout = Layout(self.store, corpus.text, corpus.id)
+        self.layout = Layout(self.store, corpus.text, corpus.id, chat, corpus.image_column)
         files, identity = pc.sum(pc.invert(self.listing["gone"])).as_py(), self._live_fingerprint()
         if self.manifest.get("corpus", {}).get("identity", identity) != identity:
             self._sweep()
         self.manifest["corpus"] = {"files": files, "shards": len(self.live), "rows": self.rows, "identity": identity}
 
+    def _chat(self) -> Chat | None:
+        """How the corpus's conversations are written, where it holds any. Noted in the manifest for whoever looks."""
+        corpus = self.config.corpus
+        self.manifest.pop("chat", None)
+        if not corpus.chat_columns:
+            return None
+        found = template_of(corpus.template) if corpus.template else {}
+        chat = Chat(corpus.prompts, corpus.response, corpus.messages, **found)
+        chat.check(self.schema)
+        self.manifest["chat"] = asdict(chat)
+        return chat
+
     def _sweep(self) -> None:
-        """Remove the parts of shards that are no more."""
+        """Remove the parts of shards that are no more, and the indexes of tars that are not listed."""
         there = {part_name(s.index) for s in self.live}
         for room in ("columns", "quarantine"):
             for path in self.store.files(room, recursive=True):
                 *directory, name = path.split("/")
                 if name not in there:
                     self.store.remove(room, *directory, name)
+        files = zip(*(self.listing[c].to_pylist() for c in ("uri", "size", "mtime")), strict=True)
+        for name in self.store.files("corpus", "tar").keys() - {index_place(*file)[-1] for file in files}:
+            self.store.remove("corpus", "tar", name)
 
     def _shard_bytes(self) -> int:
         """Compressed bytes a shard: as configured, or as before unless the corpus has become quite another."""
@@ -209,7 +237,7 @@ class Run:
 
     def _read_chunks(self, chunks: list[list[File]]) -> Iterable[pa.Table]:
         if len(chunks) == 1:
-            return [read_footers(chunks[0])]
+            return [read_footers(chunks[0], self.store)]
         self._all("list", _FooterTask(self.store), list(enumerate(chunks)))
         names = [("scratch", "listing", part_name(i)) for i in range(len(chunks))]
         tables = [pq.read_table(pa.BufferReader(self.store.read(*name))) for name in names]
@@ -231,7 +259,14 @@ class Run:
 
     @property
     def tokens_named(self) -> str:
+        if not self.config.corpus.has_text:
+            return "one an image"
         return self.config.corpus.tokenizer or "bytes/4"
+
+    @property
+    def content(self) -> str:
+        """What `row.bytes` counts, for people."""
+        return "text" if self.config.corpus.has_text else "images"
 
     # ---- fingerprints
 
@@ -247,17 +282,25 @@ class Run:
         return value
 
     def _reference(self, reference: str) -> str:
-        source = self.layout.source_column(reference)
+        sources = self.layout.source_columns(reference)
         column, _, name = reference.partition(".")
-        if source is not None:
-            if source not in self.schema.names:
-                raise ConfigError(f"a recipe reads column {source!r}; the corpus has {', '.join(self.schema.names)}")
-            return f"source:{source}"
+        if missing := next((s for s in sources if s not in self.schema.names), None):
+            raise ConfigError(f"a recipe reads column {missing!r}; the corpus has {', '.join(self.schema.names)}")
+        if sources:
+            chat = self.layout.chat if reference in TYPES else None
+            return f"chat:{chat.identity}:{reference}" if chat else f"source:{sources[0]}{self._limits(sources[0])}"
         if column == "address":
             return reference
         if column not in self.plans:
             raise TamisError(f"{reference!r} is read before column {column!r} is planned")
         return f"{self.plans[column].fingerprint}:{name}"
+
+    def _limits(self, source: str) -> str:
+        """What of the configuration decides whether a value of the source is usable."""
+        corpus = self.config.corpus
+        if source == corpus.image:
+            return f":{corpus.max_image_bytes}:{corpus.image_roots}"
+        return f":{corpus.max_image_bytes}" if self._of_tars else ""
 
     def plan(self, column: Column) -> Plan:
         """Fix what a column's values depend on; later columns and statistics can then refer to it."""
@@ -377,7 +420,7 @@ class Run:
 
     def _fold(self, statistic: Statistic, directory: tuple[str, ...], label: str, light: bool) -> int:
         """Fold until every live shard is in; returns how many states there are."""
-        thin = not any(self.layout.source_column(r) for r in statistic.inputs)
+        thin = not any(self.layout.source_columns(r) for r in statistic.inputs)
         while True:
             live = self.live
             step = FAN_IN if thin and len(live) >= MANY_SHARDS else 1
@@ -439,9 +482,12 @@ class Run:
 
     def _type(self, reference: str) -> pa.DataType:
         """Arrow type of the values behind a reference."""
-        source = self.layout.source_column(reference)
-        if source is not None:
-            return self.schema.field(source).type
+        if self.layout.chat is not None and reference in TYPES:
+            return TYPES[reference]
+        if reference == "image":
+            return pa.binary()
+        if sources := self.layout.source_columns(reference):
+            return self.schema.field(sources[0]).type
         column, _, name = reference.partition(".")
         return pa.int64() if column == "address" else self.plans[column].column.fields.field(name).type
 
@@ -546,7 +592,7 @@ class Run:
 
     def _is_light(self, references: Sequence[str]) -> bool:
         """Whether a pass reads so little that the driver had better do it."""
-        if self._pool is not None or any(self.layout.source_column(r) is not None for r in references):
+        if self._pool is not None or any(self.layout.source_columns(r) for r in references):
             return False
         columns = {r.partition(".")[0] for r in references} - {"address"}
         return sum(sum(self.store.files("columns", column).values()) for column in columns) <= LIGHT_BYTES

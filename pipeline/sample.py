@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifact import MARKER, Artifact
+from pipeline.corpus.chat import SPANS, span_arrays, span_lists
 from pipeline.errors import TamisError
 from pipeline.hashing import hash64, row_keys
 from pipeline.recipe import State
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 LENGTH = ".length"
 """A text column is two arrays of the state: its bytes end to end, and under this suffix the bytes of each row."""
+LISTED = ".listed"
+"""A column of spans or of lists of integers is the same, and an empty array of its values' type under this suffix."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Sample:
     """Statistic: `values` of the `rows` rows with the smallest hashes, out of a corpus of about `of` keys; see `draw`.
 
     State: `hash` (m uint64, ascending) and for every reference in `values` an array of m rows: numbers as (m,), vectors
-    as (m, d), texts cut to `max_bytes` as bytes (read them with `texts`). m <= rows. A shard drops at once what can
-    hardly be among the smallest hashes of the whole corpus, so all states together hold about 1.25 * `rows` rows.
+    as (m, d), texts cut to `max_bytes` as bytes (read them with `texts`), images as bytes, empty where they have more
+    than `max_bytes` (read them with `contents`). m <= rows. A shard drops at once what can hardly be among the smallest
+    hashes of the whole corpus, so all states together hold about 1.25 * `rows` rows.
     """
 
     values: tuple[str, ...]
@@ -69,7 +73,8 @@ class Sample:
         hashes = np.concatenate([s["hash"] for s in states])
         smallest, first = np.unique(hashes, return_index=True)
         order = first[: self.rows]
-        merged: State = {"hash": smallest[: self.rows]}
+        merged: State = {name: kept for name, kept in states[0].items() if name.endswith(LISTED)}
+        merged["hash"] = smallest[: self.rows]
         for name in self.values:
             joined = np.concatenate([s[name] for s in states])
             if name + LENGTH in states[0]:
@@ -82,7 +87,14 @@ class Sample:
     def _pack(self, name: str, values: pa.Array) -> State:
         if pa.types.is_fixed_size_list(values.type):
             return {name: matrix(values)}
-        if not (
+        if pa.types.is_list(values.type) or pa.types.is_large_list(values.type):
+            flat, lengths = _listed(values)
+            size = flat.dtype.itemsize * (2 if flat.ndim == 2 else 1)
+            packed = self._pack(name, _binary(flat.view(np.uint8).ravel(), lengths * size))
+            return {**packed, name + LISTED: flat[:0]}
+        if pa.types.is_binary(values.type):  # half an image is none
+            values = pc.if_else(pc.less_equal(pc.binary_length(values), self.max_bytes), values, b"")
+        elif not (
             pa.types.is_string(values.type)
             or pa.types.is_large_string(values.type)
             or pa.types.is_large_binary(values.type)
@@ -109,7 +121,34 @@ def draw(run: Run, sample: Sample) -> State:
 
 def texts(state: State, name: str = "text") -> list[str]:
     """The m texts of a sample's state; a character that the cut has broken is left out."""
-    return [v.decode(errors="ignore") for v in _binary(state[name], state[name + LENGTH]).to_pylist()]
+    return [v.decode(errors="ignore") for v in contents(state, name)]
+
+
+def contents(state: State, name: str) -> list[bytes]:
+    """The m texts or binary values of a sample's state as bytes."""
+    return list(_binary(state[name], state[name + LENGTH]).to_pylist())
+
+
+def sampled(state: State, name: str = "text") -> pa.Array:
+    """A column of texts of a sample's state as large_string, one of spans, or of integers as list<int64>."""
+    if name + LISTED not in state:
+        return pa.array(texts(state, name), pa.large_string())
+    kind = state[name + LISTED]
+    size = kind.dtype.itemsize * (2 if kind.ndim == 2 else 1)
+    flat = state[name].view(kind.dtype).reshape(-1, *kind.shape[1:])
+    bounds = np.append(0, np.cumsum(state[name + LENGTH] // size))
+    if kind.ndim == 2:
+        return span_lists(flat[:, 0], flat[:, 1], bounds)
+    return pa.ListArray.from_arrays(pa.array(bounds, pa.int32()), pa.array(flat))
+
+
+def _listed(values: pa.Array) -> tuple[np.ndarray, np.ndarray]:
+    """Values of lists end to end, (N, 2) int32 of spans or (N,) int64, and how many each list has; a null is -1."""
+    if values.type == SPANS:
+        start, end, bounds = span_arrays(values)
+        return np.stack([start, end], axis=1).astype(np.int32), np.diff(bounds)
+    flat = pc.fill_null(values.flatten().cast(pa.int64()), -1).to_numpy()
+    return flat, values.value_lengths().to_numpy().astype(np.int64)
 
 
 def _binary(content: np.ndarray, lengths: np.ndarray) -> pa.LargeBinaryArray:

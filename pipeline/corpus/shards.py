@@ -1,5 +1,7 @@
 """The unit of work: a shard is a row-group range of one file, or several small files together.
 
+A file is Parquet, or a tar of samples, which is a table with row groups of its own (`pipeline.corpus.tar`).
+
 Rows keep their order. A shard's fingerprint is made of its files' identities, so it says whether a part computed from
 it is still true. Cutting depends on the listing alone, never on the workers, and a file that is gone or left out keeps
 its place in it: the shards of the other files stay what they were.
@@ -8,7 +10,7 @@ its place in it: the shards of the other files stay what they were.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.storage import is_remote, resolve
+from pipeline.corpus.images import ImageColumn
+from pipeline.corpus.storage import Store, is_remote, resolve
+from pipeline.corpus.tar import FAULT, Tar, index_place, is_tar, read_tar, stored_bytes
 from pipeline.errors import CorpusError
 from pipeline.recipe import fingerprint
 
@@ -43,6 +47,7 @@ class Piece:
     first_group: int
     rows: tuple[int, ...]
     bytes: int
+    tar: Tar | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +94,15 @@ def default_shard_bytes(listing: pa.Table) -> int:
     return int(min(max(total // 32, MIB), 64 * MIB))
 
 
-def plan_shards(listing: pa.Table, shard_bytes: int) -> list[Shard]:
+def plan_shards(listing: pa.Table, shard_bytes: int, store: Store | None = None, limit: int = 0) -> list[Shard]:
     """Cut the files into shards of about `shard_bytes` compressed bytes, at row-group boundaries.
 
     A shard stands at its own index in the list. Row groups larger than `shard_bytes` make a shard each.
+    `store`: the run, where the indexes of tars are; `limit`: bytes of a member of a tar that is not too large to read.
+    Who only counts shards needs neither.
     """
-    columns = ("uri", "size", "identity", "rows", "bytes", "error", "gone")
-    uris, file_sizes, identities, rows, sizes, errors, gone = (listing[name].to_pylist() for name in columns)
+    columns = ("uri", "size", "mtime", "identity", "rows", "bytes", "error", "gone")
+    uris, file_sizes, times, identities, rows, sizes, errors, gone = (listing[name].to_pylist() for name in columns)
     shards: list[list[Piece]] = []
     for shard, file, first, end in _cut(sizes, shard_bytes):
         if shard == len(shards):
@@ -103,7 +110,10 @@ def plan_shards(listing: pa.Table, shard_bytes: int) -> list[Shard]:
         if errors[file] is None and not gone[file] and sum(rows[file][first:end]):
             held = tuple(rows[file][first:end])
             size = sum(sizes[file][first:end])
-            shards[shard].append(Piece(uris[file], file_sizes[file], identities[file], first, held, size))
+            tar = None
+            if store is not None and is_tar(uris[file]):
+                tar = Tar(store.locate(*index_place(uris[file], file_sizes[file], times[file])), limit)
+            shards[shard].append(Piece(uris[file], file_sizes[file], identities[file], first, held, size, tar))
     return [Shard(index, tuple(pieces)) for index, pieces in enumerate(shards)]
 
 
@@ -121,39 +131,66 @@ def _cut(sizes: list[list[int] | None], shard_bytes: int) -> Iterator[tuple[int,
         files += 1
 
 
-def read_source(shard: Shard, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
+def read_source(
+    shard: Shard, columns: list[str], batch_rows: int, images: ImageColumn | None = None
+) -> Iterator[pa.RecordBatch]:
     """Source columns of a shard, in row order, in batches of at most `batch_rows` rows and about 64 MiB.
 
+    `images`: that column comes as encoded bytes, whatever the source holds. `FAULT` may be among the columns.
     Raises CorpusError for a file that cannot be read or is no longer the one that was listed.
     """
     if len(shard.pieces) == 1 or not is_remote(shard.pieces[0].uri):
         for piece in shard.pieces:
-            yield from _read_piece(piece, columns, batch_rows)
+            yield from _read_piece(piece, columns, batch_rows, images)
         return
     ahead: deque[Future[list[pa.RecordBatch]]] = deque()
     with ThreadPoolExecutor(READ_AHEAD) as threads:
         for piece in shard.pieces:
-            ahead.append(threads.submit(lambda p: list(_read_piece(p, columns, batch_rows)), piece))
+            ahead.append(threads.submit(lambda p: list(_read_piece(p, columns, batch_rows, images)), piece))
             if len(ahead) == READ_AHEAD:
                 yield from ahead.popleft().result()
         while ahead:
             yield from ahead.popleft().result()
 
 
-def _read_piece(piece: Piece, columns: list[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
-    filesystem, path = resolve(piece.uri)
+def _read_piece(
+    piece: Piece, columns: list[str], batch_rows: int, images: ImageColumn | None
+) -> Iterator[pa.RecordBatch]:
     try:
-        with filesystem.open_input_file(path) as source:
-            if source.size() != piece.size:
-                raise CorpusError(f"{piece.uri} has changed since it was listed: run again with --refresh")
-            file = pq.ParquetFile(source, pre_buffer=is_remote(piece.uri))  # few large requests, or few bytes held
-            groups = list(range(piece.first_group, piece.first_group + len(piece.rows)))
-            rows = BATCH_BYTES * sum(piece.rows) // max(_decoded(file.metadata, groups, columns), 1)
-            yield from file.iter_batches(
-                max(1, min(batch_rows, rows)), row_groups=groups, columns=columns, use_threads=False
-            )
+        read = read_tar if is_tar(piece.uri) else _read_parquet
+        for batch in read(piece, columns, batch_rows, BATCH_BYTES):
+            yield from [batch] if images is None else images.load(batch, piece.uri, BATCH_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise CorpusError(f"{piece.uri}: {error}") from error
+
+
+def _read_parquet(piece: Piece, columns: Sequence[str], batch_rows: int, batch_bytes: int) -> Iterator[pa.RecordBatch]:
+    filesystem, path = resolve(piece.uri)
+    names = [c for c in columns if c != FAULT]
+    with filesystem.open_input_file(path) as source:
+        if source.size() != piece.size:
+            raise CorpusError(f"{piece.uri} has changed since it was listed: run again with --refresh")
+        file = pq.ParquetFile(source, pre_buffer=is_remote(piece.uri))  # few large requests, or few bytes held
+        groups = list(range(piece.first_group, piece.first_group + len(piece.rows)))
+        rows = batch_bytes * sum(piece.rows) // max(_decoded(file.metadata, groups, names), 1)
+        for batch in file.iter_batches(
+            max(1, min(batch_rows, rows)), row_groups=groups, columns=names, use_threads=False
+        ):
+            yield batch.append_column(FAULT, pa.nulls(len(batch), pa.string())) if FAULT in columns else batch
+
+
+def compressed_bytes(piece: Piece) -> dict[str, int]:
+    """Bytes of every source column as stored in the piece's first row group."""
+    if is_tar(piece.uri):
+        return stored_bytes(piece)
+    filesystem, path = resolve(piece.uri)
+    with filesystem.open_input_file(path) as source:
+        group = pq.ParquetFile(source).metadata.row_group(piece.first_group)
+    found: dict[str, int] = {}
+    for column in map(group.column, range(group.num_columns)):
+        name = column.path_in_schema.partition(".")[0]
+        found[name] = found.get(name, 0) + column.total_compressed_size
+    return found
 
 
 def _decoded(metadata: pq.FileMetaData, groups: list[int], columns: list[str]) -> int:

@@ -10,14 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.corpus.chat import TYPES, Chat
+from pipeline.corpus.images import NULL_IMAGE, ImageColumn
 from pipeline.corpus.shards import BATCH_BYTES, Shard, read_source
 from pipeline.corpus.storage import Store
+from pipeline.corpus.tar import FAULT
 from pipeline.corpus.text import clean_text
 from pipeline.engine.parts import part_name
 from pipeline.errors import CorpusError
 
 REASON = "source.reason"
-"""Column of a batch that says why a row of the source is not usable; only there when `text` or `id` is read."""
+"""Column of a batch that says why a row of the source is unusable; only there when `text`, `image` or `id` is read."""
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,33 @@ class Layout:
     """Where the values behind references are: the run's columns and the names of the source's columns."""
 
     store: Store
-    text: str
+    text: str | None
     id: str | None
+    chat: Chat | None = None
+    image: ImageColumn | None = None
 
-    def source_column(self, reference: str) -> str | None:
-        """Name in the source of a reference; None for a derived column."""
-        if reference == "text":
-            return self.text
+    def source_columns(self, reference: str) -> tuple[str, ...]:
+        """Names of the source's columns that a reference is made of; none for a derived column."""
+        if self.chat is not None and reference in self.chat.references:
+            return self.chat.columns
+        if reference in TYPES:
+            if reference != "text" or self.text is None:
+                raise CorpusError(f"a recipe reads `{reference}`, which this corpus does not have")
+            return (self.text,)
         if reference == "id":
             if self.id is None:
                 raise CorpusError("a recipe reads `id`, but corpus.id names no column")
-            return self.id
-        return reference.removeprefix("corpus.") if reference.startswith("corpus.") else None
+            return (self.id,)
+        if reference == "image":
+            if self.image is None:
+                raise CorpusError("a recipe reads `image`, but corpus.image names no column")
+            return (self.image.name,)
+        return (reference.removeprefix("corpus."),) if reference.startswith("corpus.") else ()
+
+    @property
+    def spoken(self) -> tuple[str, ...]:
+        """What a language model reads of a row: `text`, and in a corpus of instructions what of it is to be learnt."""
+        return self.chat.references if self.chat is not None else ("text",)
 
 
 def read_shard(layout: Layout, shard: Shard, references: Sequence[str], batch_rows: int) -> Iterator[pa.RecordBatch]:
@@ -44,7 +62,7 @@ def read_shard(layout: Layout, shard: Shard, references: Sequence[str], batch_ro
 
     Where batches end depends on the files and `batch_rows` alone. Raises CorpusError.
     """
-    source = {r: name for r in references if (name := layout.source_column(r)) is not None}
+    source = {r: made_of for r in references if (made_of := layout.source_columns(r))}
     derived: dict[str, list[str]] = {}
     for reference in references:
         if reference not in source and not reference.startswith("address."):
@@ -52,7 +70,7 @@ def read_shard(layout: Layout, shard: Shard, references: Sequence[str], batch_ro
             derived.setdefault(column, []).append(field)
     streams = [_derived_batches(layout.store, shard, column, fields, batch_rows) for column, fields in derived.items()]
     if source:
-        streams.append(_source_batches(shard, source, batch_rows))
+        streams.append(_source_batches(layout, shard, source, batch_rows))
     if not streams:  # only addresses are wanted
         streams.append(_counted(shard.rows, batch_rows))
     row = 0
@@ -70,18 +88,38 @@ def read_shard(layout: Layout, shard: Shard, references: Sequence[str], batch_ro
         raise CorpusError(f"shard {shard.index} has {row} rows, {shard.rows} were listed: run again with --refresh")
 
 
-def _source_batches(shard: Shard, names: dict[str, str], batch_rows: int) -> Iterator[pa.RecordBatch]:
-    for batch in _coalesced(read_source(shard, sorted(set(names.values())), batch_rows), batch_rows):
-        columns = {reference: batch.column(name) for reference, name in names.items()}
+def _source_batches(
+    layout: Layout, shard: Shard, names: dict[str, tuple[str, ...]], batch_rows: int
+) -> Iterator[pa.RecordBatch]:
+    wanted = sorted({name for of_reference in names.values() for name in of_reference})
+    images = layout.image if layout.image is not None and layout.image.name in wanted else None
+    wanted += [FAULT] if images or any(piece.tar for piece in shard.pieces) else []
+    for batch in _coalesced(read_source(shard, wanted, batch_rows, images), batch_rows):
+        rendered = layout.chat is not None and not TYPES.keys().isdisjoint(names)
+        columns = {r: batch.column(of[0]) for r, of in names.items() if not (rendered and r in TYPES)}
         reasons = pa.nulls(batch.num_rows, pa.string())
         if "id" in columns and columns["id"].null_count:
             reasons = pc.if_else(pc.is_null(columns["id"]), "null id", reasons)
-        if "text" in columns:
+        if layout.chat is not None and rendered:
+            found = layout.chat.render({name: batch.column(name) for name in layout.chat.columns})
+            columns = {r: getattr(found, r) if r in TYPES else columns[r] for r in names}
+            reasons = pc.coalesce(found.reasons, reasons)
+        elif "text" in columns:
             columns["text"], why = clean_text(columns["text"])
             reasons = reasons if why is None else pc.coalesce(why, reasons)
-        if "text" in columns or "id" in columns:
-            columns[REASON] = reasons
+        if rendered or not columns.keys().isdisjoint(("text", "id", "image")):
+            pairs = {"text", "image"} <= columns.keys()
+            columns[REASON] = _with_faults(batch.column(FAULT), reasons, pairs) if FAULT in wanted else reasons
         yield pa.RecordBatch.from_arrays(list(columns.values()), list(columns))
+
+
+def _with_faults(faults: pa.Array, reasons: pa.Array, pairs: bool) -> pa.Array:
+    """Why rows are unusable: what the source says of them or of their images, else what there was already."""
+    if pairs:
+        alone = pc.and_(pc.equal(faults, NULL_IMAGE), reasons.is_null())
+        faults = pc.if_else(pc.fill_null(alone, False), "caption without image", faults)
+        reasons = pc.if_else(pc.fill_null(pc.equal(reasons, "null text"), False), "image without caption", reasons)
+    return pc.coalesce(faults, reasons)
 
 
 def _derived_batches(

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import LlamaForCausalLM, PreTrainedModel
 
+IGNORED = -100
 END = "<|endoftext|>"
 """The one special token, id 0: it ends every document. What looks like it in a text is read as plain text."""
 
@@ -73,7 +74,7 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def pack(token_lists: Iterable[Sequence[int]], length: int, eos: int) -> np.ndarray:
+def pack(token_lists: Iterable[Sequence[int] | np.ndarray], length: int, eos: int) -> np.ndarray:
     """Documents end to end, each closed by `eos`, cut into (n, length) int32 blocks.
 
     The last block is filled up from the beginning: no token is lost, and n >= 1. Raises ValueError without a document.
@@ -116,11 +117,13 @@ def train_lm(
     seed: int,
     warmup: int | None = None,
     stop: Callable[[int], bool] | None = None,
+    counts: np.ndarray | None = None,
 ) -> np.ndarray:
     """Train in place on `steps` batches of blocks (n, length); returns the loss of every step, nats a token (float32).
 
     Blocks come in a new random order every epoch. `warmup`: steps of rising rate (default: a twentieth of all).
-    `stop` is asked after every step, with the steps done, and ends the training where it says True.
+    `stop` is asked after every step, with the steps done, and ends the training where it says True. `counts`: bool
+    (n, length), which tokens are learnt (default: all but the first of a block); the others are only read.
     """
     import torch
 
@@ -132,7 +135,9 @@ def train_lm(
     losses: list[float] = []
     model.train()
     for step in range(1, steps + 1):
-        loss = _loss(model, torch.from_numpy(blocks[next(order)]).to(device))
+        rows = next(order)
+        ids = torch.from_numpy(blocks[rows]).to(device)
+        loss = _loss(model, ids, None if counts is None else torch.from_numpy(counts[rows]).to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -154,17 +159,19 @@ def rate(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def lm_loss(model: PreTrainedModel, blocks: np.ndarray, batch: int = 16) -> float:
-    """Mean loss of a model over blocks (n, length), nats a token."""
+def lm_loss(model: PreTrainedModel, blocks: np.ndarray, batch: int = 16, counts: np.ndarray | None = None) -> float:
+    """Mean loss of a model over blocks (n, length), nats a token: of those that count (n, length), or of all."""
     import torch
 
-    device, total = next(model.parameters()).device, 0.0
+    device, total, weight = next(model.parameters()).device, 0.0, 0
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(blocks), batch):
-            ids = torch.from_numpy(blocks[start : start + batch]).to(device)
-            total += float(_loss(model, ids)) * len(ids)
-    return total / len(blocks)
+        for rows in map(slice, range(0, len(blocks), batch), range(batch, len(blocks) + batch, batch)):
+            ids = torch.from_numpy(blocks[rows]).to(device)
+            told = None if counts is None else torch.from_numpy(counts[rows]).to(device)
+            tokens = len(ids) if told is None else int(told[:, 1:].sum())
+            total, weight = total + float(_loss(model, ids, told)) * tokens, weight + tokens
+    return total / max(weight, 1)
 
 
 def save_lm(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
@@ -184,14 +191,20 @@ def save_lm(model: PreTrainedModel, tokenizer: Tokenizer, folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def _loss(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy of the tokens from the second on; bfloat16 on GPUs, with the loss in float32."""
+def _loss(model: PreTrainedModel, ids: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean cross-entropy of the tokens from the second on, or of those of them that count (0 where none does);
+    bfloat16 on GPUs, with the loss in float32."""
     import torch
 
     ids = ids.long()
     with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.device.type == "cuda"):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+    flat, labels = logits.flatten(0, 1).float(), ids[:, 1:].flatten()
+    if counts is None:
+        return torch.nn.functional.cross_entropy(flat, labels)
+    labels = labels.masked_fill(~counts[:, 1:].flatten(), IGNORED)
+    total = torch.nn.functional.cross_entropy(flat, labels, ignore_index=IGNORED, reduction="sum")
+    return total / (labels != IGNORED).sum().clamp(min=1)
 
 
 def _batches(rows: int, batch: int, seed: int) -> Iterator[np.ndarray]:

@@ -42,7 +42,7 @@ def write_card(
 # {run.store.uri.rstrip("/").rsplit("/", 1)[-1]}
 
 {selection.rows:,} of {run.rows:,} rows, {selection.tokens:,} tokens ({run.tokens_named}), {selection.bytes:,} bytes of
-text, in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the source's schema and order.
+{run.content}, in {len(files)} Parquet files. Curated by Tamis {__version__}; rows keep the source's schema and order.
 {_rewritten(rewritten)}{_beware(caveats)}
 ## What became of every row
 

@@ -87,6 +87,7 @@ def _nanochat(run: Run, selection: Selection, directory: Store, file_bytes: floa
     if selection.rows < 2:
         raise TamisError("output.layout: nanochat needs two rows, one of them to validate with; one is kept")
     subset(run, VALIDATION, rows=validation_rows(selection), seed=run.seed)
+    assert run.config.corpus.text is not None  # the configuration refuses it
     train = Subset(
         keep="select",
         without=VALIDATION,

@@ -20,6 +20,10 @@ from pipeline.run import Run
 from pipeline.select.stage import Selection
 from pipeline.select.subset import Drawn, subset
 
+PREFIX = "handoff_"
+CALIBRATION, RECOVERY = f"{PREFIX}calibration", f"{PREFIX}recovery"
+"""Columns of the keep flags; a score may be called `calibration`."""
+
 
 def write_handoff(run: Run, selection: Selection) -> None:
     """Draw and write both subsets and `handoff.json`; one that the configuration sets to 0 is left out."""
@@ -29,6 +33,7 @@ def write_handoff(run: Run, selection: Selection) -> None:
         "format": "tamis-handoff-1",
         "selection": run.plans["select"].fingerprint,
         "text_column": run.config.corpus.text,
+        **({"image_column": run.config.corpus.image} if run.config.corpus.image else {}),
         "tokens_counted_by": run.tokens_named,
         **({"training": selection.training} if selection.training else {}),
     }
@@ -39,12 +44,12 @@ def write_handoff(run: Run, selection: Selection) -> None:
     if wanted.calibration_rows:
         rows = min(wanted.calibration_rows, max(1, left // 2))  # something must be left to recover on
         number = 0 if concepts is None else concepts.num_rows
-        calibration = subset(run, "calibration", rows=rows, seed=run.seed, without=tuple(drawn), concepts=number)
+        calibration = subset(run, CALIBRATION, rows=rows, seed=run.seed, without=tuple(drawn), concepts=number)
         described["calibration"] = _write(run, calibration)
-        drawn, left = [*drawn, "calibration"], left - calibration.rows
+        drawn, left = [*drawn, CALIBRATION], left - calibration.rows
     if wanted.recovery_tokens and left:
         try:
-            recovery = subset(run, "recovery", tokens=wanted.recovery_tokens, seed=run.seed, without=tuple(drawn))
+            recovery = subset(run, RECOVERY, tokens=wanted.recovery_tokens, seed=run.seed, without=tuple(drawn))
             described["recovery"] = _write(run, recovery)
         except BudgetTooSmall as error:  # no reason to lose a curated set that is finished
             described["recovery"] = {"num_samples": 0, "why": f"handoff.recovery_tokens: {error}"}
@@ -54,7 +59,8 @@ def write_handoff(run: Run, selection: Selection) -> None:
 
 
 def _write(run: Run, drawn: Drawn) -> dict[str, Any]:
-    directory = run.store.child("handoff", drawn.name)
+    name = drawn.name.removeprefix(PREFIX)
+    directory = run.store.child("handoff", name)
     columns = tuple(run.config.corpus.columns or run.schema.names)
     output = run.config.output
     kept = Subset(
@@ -65,7 +71,7 @@ def _write(run: Run, drawn: Drawn) -> dict[str, Any]:
         row_group_rows=output.row_group_rows,
         rewrite=output.rewrite,
     )
-    files = write_subset(run, kept, output.file_mb * MIB, f"write {drawn.name}")
+    files = write_subset(run, kept, output.file_mb * MIB, f"write {name}")
     sweep(directory, files)
     return {
         "dataset": directory.uri,

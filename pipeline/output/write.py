@@ -81,6 +81,9 @@ class Subset:
         """Schema of the files: the source's fields, all nullable as files of one corpus may differ in that."""
         named = zip(self.columns, self.names or self.columns, strict=True)
         fields = [run.schema.field(column).with_name(name).with_nullable(True) for column, name in named]
+        if (image := run.layout.image) and image.name in self.columns:  # bytes, for paths would lead nowhere from here
+            at = self.columns.index(image.name)
+            fields[at] = fields[at].with_type(pa.binary())
         notes = []
         for note in self.annotations:
             kind = run.plans[note.column].column.fields.field(note.field).type
@@ -184,8 +187,10 @@ class WriteTask:
         return {"rows": unit.rows, "bytes": size}
 
     def writer(self, sink: Any, mark: str) -> pq.ParquetWriter:
-        text = dict(zip(self.subset.columns, self.schema.names, strict=False)).get(self.layout.text)
-        paths = [path for path in _leaves(self.schema) if path != text]  # texts do not repeat: no dictionary for them
+        # Texts and images do not repeat: no dictionary for them.
+        bulky = {self.layout.text, self.layout.image.name if self.layout.image else None}
+        plain = {n for c, n in zip(self.subset.columns, self.schema.names, strict=False) if c in bulky}
+        paths = [path for path in _leaves(self.schema) if path not in plain]
         schema = self.schema.with_metadata({FINGERPRINT: mark.encode()})
         return pq.ParquetWriter(sink, schema, compression="zstd", use_dictionary=paths)
 
@@ -215,13 +220,16 @@ class WriteTask:
         spans = self._spans(shard, np.flatnonzero(keep)) if rewrites else None
         groups, keep = _kept_groups(shard, keep)
         start = given = 0
-        for batch in read_source(groups, list(self.subset.columns), BATCH_ROWS):
+        images = self.layout.image if self.layout.image and self.layout.image.name in self.subset.columns else None
+        for batch in read_source(groups, list(self.subset.columns), BATCH_ROWS, images):
             mask = keep[start : start + batch.num_rows]
             start += batch.num_rows
             columns = batch.select(self.subset.columns)
             if not mask.all():
                 columns = columns.filter(pa.array(mask))
             if columns.num_rows:
+                if images is not None and columns[images.name].null_count:
+                    raise TamisError(f"an image that was kept is gone from {images.name!r}: run again with --refresh")
                 if spans is not None:
                     columns = self._shorten(columns, spans.slice(given, columns.num_rows))
                 beside = [notes.slice(given, columns.num_rows)] if notes is not None else []

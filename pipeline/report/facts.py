@@ -20,7 +20,7 @@ from pipeline.engine.aggregate import load_state
 from pipeline.hashing import mix64
 from pipeline.recipe import State, fingerprint
 from pipeline.report.counts import OTHER, Bins, Overview, Sources, bins
-from pipeline.report.rows import Address, read_rows
+from pipeline.report.rows import Address, read_contents
 from pipeline.run import Run
 from pipeline.sample import needs_fit
 from pipeline.select.stage import Selection, stream
@@ -161,14 +161,14 @@ def read_sampled(run: Run, seen: State, names: Sequence[str], concepts: Sequence
     """The sampled rows with their text, by concept."""
     corpus = run.config.corpus
     addresses: list[Address] = list(zip(seen["shard"].tolist(), seen["row"].tolist(), strict=True))
-    found = read_rows(run.shards, addresses, [corpus.text, *([corpus.source] if corpus.source else [])])
+    found = read_contents(run.shards, addresses, corpus.text, corpus.id, corpus.source, run.layout.chat)
     sampled: dict[int, list[Sampled]] = {}
     for i, (shard, row) in enumerate(addresses):
-        text, *source = found[shard, row]
+        text, source = found[shard, row]
         where = run.shards[shard].locate(np.array([row])).to_pylist()[0]
         scores = dict(zip(names, seen["score"][i].tolist(), strict=True))
         place = f"{where['file']}, row group {where['row_group']}, row {where['row']}"
         group = int(seen["group"][i])
-        shown = Sampled(bool(group % 2), text, "".join(source), scores, str(seen["why"][i]), place)
+        shown = Sampled(bool(group % 2), text, source, scores, str(seen["why"][i]), place)
         sampled.setdefault(concepts[group // 2] if concepts else -1, []).append(shown)
     return sampled

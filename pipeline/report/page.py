@@ -59,7 +59,7 @@ def header(facts: Facts) -> Html:
     tiles = [
         tile("rows kept", short(kept[0]), f"{share(kept[0], run.rows)} of {count(run.rows)}", main=True),
         tile(f"tokens ({run.tokens_named})", short(kept[1]), f"{share(kept[1], usable[1])} of {short(usable[1])}"),
-        tile("bytes of text", size(kept[2]), f"{share(kept[2], usable[2])} of {size(usable[2])}"),
+        tile(f"bytes of {run.content}", size(kept[2]), f"{share(kept[2], usable[2])} of {size(usable[2])}"),
         tile("budget used", share(chosen.kept, chosen.budget), f"of {count(chosen.budget)} {chosen.unit}"),
     ]
     where = _path(str(run.manifest.get("curated", {}).get("path", run.store.locate("curated"))))
@@ -110,7 +110,7 @@ def funnel(facts: Facts) -> list[Html]:
         ]
         for name, there, amount in stages
     ]
-    return [table(["", "", "rows", "share", f"tokens ({run.tokens_named})", "text"], lines, "lbnnnn")]
+    return [table(["", "", "rows", "share", f"tokens ({run.tokens_named})", run.content], lines, "lbnnnn")]
 
 
 def reasons(facts: Facts) -> list[Html]:

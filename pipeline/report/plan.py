@@ -28,8 +28,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.corpus.shards import Shard, read_source
-from pipeline.corpus.storage import Store, is_remote, resolve
+from pipeline.corpus.shards import Shard, compressed_bytes, read_source
+from pipeline.corpus.storage import Store, is_remote
 from pipeline.engine.parts import part_name
 from pipeline.report import measure
 from pipeline.report.format import count, duration, plural, short, size, visible
@@ -144,13 +144,11 @@ class Scene:
         """Compressed bytes of some source columns, by their share in the footers of some shards."""
         part = there = 0
         for shard in _spread(self.whole.live):
-            filesystem, path = resolve(shard.pieces[0].uri)
-            with filesystem.open_input_file(path) as source:
-                group = pq.ParquetFile(source).metadata.row_group(shard.pieces[0].first_group)
-            for i in range(group.num_columns):
-                column = group.column(i)
-                there += column.total_compressed_size
-                part += column.total_compressed_size * (column.path_in_schema.partition(".")[0] in columns)
+            sizes = compressed_bytes(shard.pieces[0])
+            there += sum(sizes.values())
+            part += sum(
+                sizes[name] for name in {c if c in sizes else c.partition(".")[0] for c in columns} if name in sizes
+            )
         return self.bytes * part / max(there, 1)
 
 
@@ -210,9 +208,14 @@ def text_stages(scene: Scene) -> tuple[list[Stage], dict[str, float], int]:
     from pipeline.curation import embedding
 
     config, run, rows = scene.config, scene.run, scene.rows
-    asked = [config.corpus.text, *([config.corpus.id] if config.corpus.id else [])]
+    corpus = config.corpus
+    content = [role for role, there in (("text", corpus.has_text), ("image", corpus.image)) if there]
+    asked = [
+        *(name for role in content for name in run.layout.source_columns(role)),
+        *([corpus.id] if corpus.id else []),
+    ]
     read = scene.stored(asked)
-    base = row_column(config.corpus.id is not None, config.corpus.tokenizer)
+    base = row_column(corpus.id is not None, corpus.tokenizer, corpus.has_text, corpus.image is not None)
     run.materialize([base])
     rates, stages, dims = {"row": measure.column_rate(run, base)}, [], 0
     embed = embedding(config)
@@ -364,7 +367,7 @@ def sample_table(run: Run) -> pa.Table:
     chosen = _spread(run.live)
     tables = []
     for shard in chosen:
-        batch = next(read_source(shard, run.schema.names, SAMPLE_ROWS // len(chosen)))
+        batch = next(read_source(shard, run.schema.names, SAMPLE_ROWS // len(chosen), run.layout.image))
         fitting = SAMPLE_BYTES // len(chosen) * batch.num_rows // max(batch.nbytes, 1)
         tables.append(pa.Table.from_batches([batch.slice(0, max(1, fitting))]))
     return pa.concat_tables(tables).replace_schema_metadata(None)
@@ -381,8 +384,8 @@ def _small_config(config: Config, sample: pa.Table, directory: Path) -> Config:
 
 def _copy_listing(source: Store, target: Store) -> None:
     """What a run has listed need not be listed again, which counts where there are six million objects."""
-    for name in source.files("corpus"):
-        target.write(source.read("corpus", name), "corpus", name)
+    for name in source.files("corpus", recursive=True):
+        target.write(source.read("corpus", *name.split("/")), "corpus", *name.split("/"))
 
 
 def _free(run: str) -> int | None:

@@ -24,7 +24,7 @@ from pipeline.engine.reading import Layout, read_shard
 from pipeline.errors import TamisError
 from pipeline.hashing import hash64, mix64
 from pipeline.report.format import count, number, visible
-from pipeline.report.rows import read_rows
+from pipeline.report.rows import read_contents
 from pipeline.report.stored import Stored, quarantined
 from pipeline.report.terminal import console, text
 from pipeline.select.stage import stream
@@ -116,14 +116,12 @@ def print_found(run: Stored, found: pa.Table, scores: Sequence[str], kept: bool)
         return
     addresses = list(zip(found["shard"].to_pylist(), found["row"].to_pylist(), strict=True))
     corpus = run.config["corpus"]
-    read = read_rows(run.shards, addresses, [corpus["text"], *([corpus["source"]] if corpus["source"] else [])])
+    read = read_contents(run.shards, addresses, corpus["text"], corpus["id"], corpus["source"], run.layout.chat)
     for position, (shard, row) in enumerate(addresses, 1):
         values = stored_values(run, shard, row, scores)
-        content, *source = read[shard, row]
+        content, source = read[shard, row]
         where = run.shards[shard].locate(np.array([row])).to_pylist()[0]
-        print_row(
-            out, position, values, "".join(source), f"{where['file']}:{where['row_group']}:{where['row']}", content
-        )
+        print_row(out, position, values, source, f"{where['file']}:{where['row_group']}:{where['row']}", content)
 
 
 def stored_values(run: Stored, shard: int, row: int, scores: Sequence[str]) -> dict[str, Any]:

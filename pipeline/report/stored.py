@@ -12,7 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.corpus.shards import Shard, plan_shards
+from pipeline.corpus.chat import Chat
+from pipeline.corpus.shards import MIB, Shard, plan_shards
 from pipeline.corpus.storage import Store
 from pipeline.engine.reading import Layout
 from pipeline.errors import TamisError
@@ -65,11 +66,13 @@ class Stored:
             listing = pq.read_table(pa.BufferReader(self.store.read("corpus", "files.parquet")))
         except FileNotFoundError:
             raise TamisError(f"the run in {self.store.uri} has not listed its corpus yet") from None
-        return plan_shards(listing, self.manifest["shard_bytes"])
+        limit = int(self.config["corpus"].get("max_image_mb", 0) * MIB)
+        return plan_shards(listing, self.manifest["shard_bytes"], self.store, limit)
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.store, self.config["corpus"]["text"], self.config["corpus"]["id"])
+        corpus, chat = self.config["corpus"], self.manifest.get("chat")
+        return Layout(self.store, corpus["text"], corpus["id"], Chat.stored(chat) if chat else None)
 
 
 def quarantined(

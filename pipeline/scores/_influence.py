@@ -1,6 +1,7 @@
 """What influence scores share: a target set, a causal LM that reads rows, and what its gradients say of them.
 
-A row's loss is the mean over the tokens that count: all but the first, or with a `prompt` those of the text alone.
+A row's loss is the mean over the tokens that count: all but the first, or with a `prompt` those of the text alone. In a
+corpus of instructions they are those of the responses, and the target set holds conversations in the same columns.
 Where no token counts (one token, or a prompt that fills `max_tokens`) there is no gradient: the score is 0 and the
 field `rule` says so. A gradient that is not finite sends the row to quarantine.
 
@@ -10,8 +11,8 @@ score by float noise only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field
 
+from pipeline.corpus.chat import Chat
 from pipeline.corpus.text import clean_text
 from pipeline.engine import threads
 from pipeline.errors import ConfigError
@@ -29,6 +31,7 @@ from pipeline.models.projection import CountSketch, Rademacher
 from pipeline.recipe import QUARANTINE, Resources, fingerprint
 from pipeline.scores._contamination import warn_contained
 from pipeline.scores._seeds import identify, locate, read_columns
+from pipeline.scores._targets import read_conversations
 from pipeline.scores.base import Score
 
 if TYPE_CHECKING:
@@ -39,6 +42,8 @@ if TYPE_CHECKING:
 
 FIELDS = pa.schema([("score", pa.float32()), ("rule", pa.string()), (QUARANTINE, pa.string())])
 BATCH_ROWS = 256
+PROMPT = "prompt"
+"""What `Reader.read` takes beside the references of a row: what stands before the text."""
 OUTER_BYTES = 1 << 28
 """Gradients of one layer that are held at once."""
 MASKED, NOT_FINITE = "no token counts", "gradient is not finite"
@@ -64,17 +69,21 @@ class Influence(Score):
     seed: int | None = Field(None, description="seed of samples and projections (default: the run's)")
 
     def inputs(self, run: Run) -> tuple[str, ...]:
-        """References of a row's text and prompt. Raises ConfigError where the corpus has no such prompt."""
+        """References of what a model reads of a row. Raises ConfigError where the corpus has no such prompt."""
         if self.prompt is None:
-            return ("text",)
+            return run.layout.spoken
+        if run.layout.chat is not None:
+            raise ConfigError(
+                f"{self.column_name}.prompt: corpus says what the responses answer: remove the prompt here"
+            )
         if self.prompt not in run.schema.names:
             there = ", ".join(run.schema.names)
             raise ConfigError(f"{self.column_name}.prompt: the corpus has no column {self.prompt!r}; it has {there}")
         return ("text", f"corpus.{self.prompt}")
 
-    def target_set(self) -> Target:
-        files = [self.target] if isinstance(self.target, str) else self.target
-        return Target(tuple(locate(files, self._role)), self.target_text, self.prompt, self.subtask, self._role)
+    def target_set(self, run: Run) -> Target:
+        files = tuple(locate([self.target] if isinstance(self.target, str) else self.target, self._role))
+        return Target(files, self.target_text, self.prompt, self.subtask, self._role, run.layout.chat)
 
     def warn_contained(self, run: Run, target: Target) -> None:
         warn_contained(run, target.read().texts, self._role)
@@ -89,12 +98,21 @@ class Influence(Score):
 
 @dataclass(frozen=True)
 class Examples:
-    """Texts (large_string), prompts (None where there are none), and number of the subtask of each; (n,)."""
+    """Texts (large_string), prompts (None where there are none), and number of the subtask of each; (n,).
+
+    `chat`: what else a model reads of conversations, by its references.
+    """
 
     texts: pa.Array
     prompts: pa.Array | None
     subtask: np.ndarray
     names: list[str]
+    chat: Mapping[str, pa.Array] = field(default_factory=dict)
+
+    @property
+    def spoken(self) -> Mapping[str, pa.Array]:
+        """What `Reader.read` takes."""
+        return {"text": self.texts, **self.chat, **({} if self.prompts is None else {PROMPT: self.prompts})}
 
 
 @dataclass(frozen=True)
@@ -106,13 +124,20 @@ class Target:
     prompt: str | None
     subtask: str | None
     role: str
+    chat: Chat | None = None
 
     @property
     def identity(self) -> str:
-        return fingerprint(identify(self.uris), self.text, self.prompt, self.subtask)
+        told = [self.chat.identity] if self.chat else []
+        return fingerprint(identify(self.uris), self.text, self.prompt, self.subtask, *told)
 
     def read(self) -> Examples:
         """Examples with a usable text; a null prompt is empty. Raises ConfigError where there is none."""
+        if self.chat is not None:
+            also = [self.subtask] if self.subtask else []
+            table = read_conversations(self.uris, self.chat, self.role, also)
+            chat = {name: table[name].combine_chunks() for name in self.chat.references if name != "text"}
+            return Examples(table["text"].combine_chunks(), None, *self._subtasks(table), chat)
         columns = [c for c in (self.text, self.prompt, self.subtask) if c is not None]
         tables = [read_columns(uri, columns, self.role) for uri in self.uris]
         table = pa.concat_tables(tables, promote_options="permissive")
@@ -121,35 +146,45 @@ class Target:
         texts, table = texts.filter(usable), table.filter(usable)
         if not len(texts):
             raise ConfigError(f"{self.role}: the target set is empty: no text in {', '.join(self.uris)}")
-        subtask, names = np.zeros(len(texts), np.int64), [""]
-        if self.subtask is not None:
-            codes = pc.fill_null(table[self.subtask].combine_chunks().cast(pa.large_string()), "")
-            encoded = codes.dictionary_encode()
-            subtask, names = encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
-        return Examples(texts, prompts_of(table, self.prompt), subtask, names)
+        prompts = None if self.prompt is None else _whole(table[self.prompt].combine_chunks())
+        return Examples(texts, prompts, *self._subtasks(table))
+
+    def _subtasks(self, table: pa.Table) -> tuple[np.ndarray, list[str]]:
+        if self.subtask is None:
+            return np.zeros(len(table), np.int64), [""]
+        encoded = _whole(table[self.subtask].combine_chunks()).dictionary_encode()
+        return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
 
 
-def prompts_of(table: pa.Table | pa.RecordBatch, name: str | None) -> pa.Array | None:
-    """A column of prompts as large_string; null ones are empty."""
-    if name is None:
-        return None
-    values = table.column(name)
-    values = values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
+def spoken(batch: pa.RecordBatch, inputs: Sequence[str]) -> dict[str, pa.Array]:
+    """What `Reader.read` takes of a batch with the `inputs` of an influence score."""
+    row = {name: batch.column(name) for name in inputs if not name.startswith("corpus.")}
+    for name in inputs[len(row) :]:
+        row[PROMPT] = _whole(batch.column(name))
+    return row
+
+
+def _whole(values: pa.Array) -> pa.Array:
+    """Texts as large_string, nulls empty."""
     return pc.fill_null(values.cast(pa.large_string()), "")
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of n rows: `ids` (N,) int32 between `offsets` (n + 1,), and the first of each row's that counts (n,)."""
+    """Tokens of n rows: `ids` (N,) int32 between `offsets` (n + 1,), and which of them `counts` (N,) bool."""
 
     ids: np.ndarray
     offsets: np.ndarray
-    first: np.ndarray
+    counts: np.ndarray
+
+    @property
+    def rows(self) -> int:
+        return len(self.offsets) - 1
 
     @property
     def counted(self) -> np.ndarray:
         """Tokens of every row that count; int64 (n,)."""
-        return np.asarray(np.maximum(np.diff(self.offsets) - self.first, 0))
+        return np.diff(np.append(0, np.cumsum(self.counts))[self.offsets])
 
     @property
     def masked(self) -> np.ndarray:
@@ -167,16 +202,16 @@ class Reader:
         self.scorer = Scorer(folder, self.max_tokens, precision)
         self.model, self.device = self.scorer.model.requires_grad_(False), self.scorer.device
 
-    def tokenize(self, texts: pa.Array, prompts: pa.Array | None = None) -> Tokens:
-        """Tokens of prompts and texts end to end, the first `max_tokens` of each row."""
-        if prompts is None:
-            ids, offsets = self.scorer.tokenize(texts)
-            return Tokens(ids, offsets, np.ones(len(texts), np.int64))
-        before, after = (self._encode(prompts, True), self._encode(texts, False))
+    def read(self, row: Mapping[str, pa.Array]) -> Tokens:
+        """The first `max_tokens` tokens of each of n rows, a prompt's before those of its text."""
+        if PROMPT not in row:
+            found = self.scorer.read(row)
+            counts = np.ones(len(found.ids), bool) if found.target is None else found.target
+            return Tokens(found.ids, found.offsets, _behind(found.offsets, 1) & counts)
+        before, after = (self._encode(row[PROMPT], True), self._encode(row["text"], False))
         rows = [np.asarray([*p, *t][: self.max_tokens], np.int32) for p, t in zip(before, after, strict=True)]
         offsets = np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
-        first = np.maximum([len(p) for p in before], 1).astype(np.int64)
-        return Tokens(np.concatenate(rows), offsets, first)
+        return Tokens(np.concatenate(rows), offsets, _behind(offsets, np.maximum([len(p) for p in before], 1)))
 
     def _encode(self, texts: pa.Array, special: bool) -> list[list[int]]:
         cut = pc.utf8_slice_codeunits(texts, 0, MAX_CHARS * self.max_tokens).to_pylist()
@@ -191,9 +226,9 @@ class Reader:
         for rows, width in groups(lengths, self.scorer.group_tokens):
             place = np.arange(width)
             inside = place < lengths[rows, None]
-            block = np.zeros((len(rows), width), np.int64)
-            block[inside] = tokens.ids[(starts[rows, None] + place)[inside]]
-            counts = inside & (place >= tokens.first[rows, None])
+            where = (starts[rows, None] + place)[inside]
+            block, counts = np.zeros((len(rows), width), np.int64), np.zeros((len(rows), width), bool)
+            block[inside], counts[inside] = tokens.ids[where], tokens.counts[where]
             weight = (counts / counted[rows, None]).astype(np.float32)
             yield rows, torch.from_numpy(block).to(self.device), torch.from_numpy(weight[:, 1:]).to(self.device)
 
@@ -213,7 +248,7 @@ class Lens:
         import torch
 
         self.focus()
-        out = np.zeros((len(tokens.first), project.size), np.float32)
+        out = np.zeros((tokens.rows, project.size), np.float32)
         for rows, ids, weight in self.reader.batches(tokens):
             sums = torch.zeros(len(rows), project.size, device=ids.device)
 
@@ -228,6 +263,13 @@ class Lens:
             backward(self.reader.model, self.layers, ids, weight, take)
             out[rows] = sums.cpu().numpy()
         return out
+
+
+def _behind(offsets: np.ndarray, first: int | np.ndarray) -> np.ndarray:
+    """Tokens (N,) of rows between offsets (n + 1,) that stand at `first` of their row or behind."""
+    lengths = np.diff(offsets)
+    place = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+    return np.asarray(place >= np.repeat(np.broadcast_to(first, lengths.shape), lengths))
 
 
 def layers_of(model: Any, which: str) -> dict[str, nn.Linear]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from pipeline.corpus.chat import Chat
 from pipeline.corpus.text import clean_text, is_text
 from pipeline.errors import ConfigError
 from pipeline.hashing import hash64, row_keys
@@ -67,6 +68,25 @@ def read_examples(
     if not len(table):
         raise ConfigError(f"{role}: there is no usable text in {', '.join(uris)}")
     return table.combine_chunks()
+
+
+def read_conversations(uris: Sequence[str], chat: Chat, role: str, also: Sequence[str] = ()) -> pa.Table:
+    """Distinct examples that the corpus's own columns and template make of some files: `text`, `targets`, `markup`, and
+    the columns `also`. They come in the order of their hashes. Raises ConfigError where there is none."""
+    found = []
+    for uri in uris:
+        columns = read_columns(uri, list(dict.fromkeys([*chat.columns, *also])), role)
+        chat.check(columns.schema, role)
+        rendered = chat.render({name: columns[name].combine_chunks() for name in chat.columns})
+        made = pa.table([getattr(rendered, name) for name in chat.references], list(chat.references))
+        for name in also:
+            made = made.append_column(name, columns[name])
+        found.append(made.filter(rendered.reasons.is_null()))
+    table = pa.concat_tables(found, promote_options="permissive").combine_chunks()
+    if not len(table):
+        raise ConfigError(f"{role}: there is no usable conversation in {', '.join(uris)}")
+    _, first = np.unique(hash64(row_keys(table["text"].combine_chunks()), 0), return_index=True)
+    return table.take(pa.array(first))
 
 
 def balanced(table: pa.Table, group: str) -> pa.Table:

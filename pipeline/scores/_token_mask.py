@@ -5,7 +5,8 @@
 Lin et al. 2024, arXiv 2404.07965 (from memory, unverified) train on the top 60 % of a batch's tokens by this excess and
 mask the loss of the others; the model in training is their prior. Here the prior is a model that is frozen, so the
 excess is known beforehand, and the line is drawn once for the whole corpus, of which a batch is a sample. A row's mean
-excess is its CoLoR-Filter score. Both read the models' stored token log-probabilities: no second forward pass.
+excess is its CoLoR-Filter score. Both read the models' stored token log-probabilities: no second forward pass. Of
+instructions only the responses' tokens are ranked, and no other is ever kept.
 
 Trades: a histogram of 65,536 bins over [-32, 32) nats draws the line, so tokens within 0.001 nats of it go with it; at
 least the share asked for is kept, and everything where no token differs.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from pipeline.models.causal import as_mask
 from pipeline.recipe import State
 
 BINS, LARGEST = 1 << 16, 32.0
@@ -41,13 +43,17 @@ class Excess:
 
     prior: str
     conditional: str
+    target: str | None = None
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return (self.prior, self.conditional)
+        return (self.prior, self.conditional, *([self.target] if self.target else []))
 
     def update(self, state: State, batch: pa.RecordBatch) -> State:
-        new = {"tokens": np.bincount(bins_of(excess(batch.column(0), batch.column(1))), minlength=BINS)}
+        values = excess(batch.column(0), batch.column(1))
+        if self.target is not None:
+            values = values[as_mask(batch.column(2))]
+        new = {"tokens": np.bincount(bins_of(values), minlength=BINS)}
         return self.merge([state, new]) if state else new
 
     def merge(self, states: Sequence[State]) -> State:
@@ -60,14 +66,17 @@ def lowest_bin(tokens: np.ndarray, share: float) -> int:
     return int(np.flatnonzero(above >= share * above[0])[-1])
 
 
-def masks(values: np.ndarray, tokens: np.ndarray, lowest: int) -> pa.ListArray:
+def masks(values: np.ndarray, tokens: np.ndarray, lowest: int, target: np.ndarray | None = None) -> pa.ListArray:
     """One list<bool> a row of `tokens` + 1 entries: whether each of its tokens counts, the first of a row never.
 
-    `values`: excesses of all rows end to end; `tokens` (n,): how many a row has.
+    `values`: excesses of all rows end to end; `tokens` (n,): how many a row has; `target`: bool like `values`, which of
+    them may count.
     """
+    kept = bins_of(values) >= lowest
+    kept = kept if target is None else kept & target
     ends = np.cumsum(tokens + 1)
     counts = np.zeros(int(ends[-1]) if len(ends) else 0, bool)
     scored = np.ones(len(counts), bool)
     scored[ends - tokens - 1] = False
-    counts[scored] = bins_of(values) >= lowest
+    counts[scored] = kept
     return pa.ListArray.from_arrays(pa.array(np.append(0, ends), pa.int32()), pa.array(counts))

@@ -22,7 +22,8 @@ What to know: the released code computes the KL but does not select by it; what 
 and nobody has shown why the least KL over random sets should be best. It costs S prunings. Judged on general text it
 favours general text: give `probe` files of the domain that the model is for. From the code: 32 rows of 128 tokens, a
 probe of 128 x 64, sparsity 0.5; the code does not say how many sets, 8 is ours. Rows shorter than a sequence are packed
-end to end. A text that is in the probe is in no set.
+end to end. A text that is in the probe is in no set. Of instructions the KL is that of the responses' tokens, and a
+sequence of the probe in which there is none says nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import copy
 import importlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,15 +43,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, model_validator
 
+from pipeline.corpus.chat import TYPES
 from pipeline.engine import threads
 from pipeline.errors import ConfigError, TamisError
 from pipeline.hashing import hash64, row_keys
-from pipeline.models.causal import check_model, context, load_causal, model_source
+from pipeline.models.causal import LONGEST, Encoder, check_model, context, load_causal, model_source
 from pipeline.models.files import content_digest, folder_digest, folder_of
 from pipeline.recipe import Column, Resources, State, Transform, fingerprint
-from pipeline.sample import Sample, needs_fit, texts
+from pipeline.sample import Sample, needs_fit, sampled, texts
 from pipeline.scores._divergence import between, kl
 from pipeline.scores._seeds import identify, locate, read_seeds
+from pipeline.scores._targets import read_conversations
 from pipeline.scores._wanda import wanda
 from pipeline.scores.base import Score
 
@@ -58,10 +61,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pipeline.artifact import Artifact
+    from pipeline.corpus.chat import Chat
     from pipeline.run import Run
 
 log = logging.getLogger(__name__)
 
+Rows = Mapping[str, pa.Array]
+"""What a model reads of n rows, by its references."""
 Pruner = Callable[["PreTrainedModel", np.ndarray, float], None]
 FIELDS = pa.schema([("score", pa.float32()), ("candidate", pa.int32())])
 SHARD, ROW = "address.shard", "address.row"
@@ -126,14 +132,30 @@ class Calibration(Score):
         module = self.pruner.partition(":")[0]
         code = content_digest(Path(str(importlib.import_module(module).__file__))) if ":" in self.pruner else ""
         precision = "bfloat16" if run.config.engine.gpus else "float32"
-        about = (asked, samples[0].seed, folder_digest(folder), identify(files), code, precision, run.identity("text"))
+        told = [] if run.layout.chat is None else [run.layout.chat.identity]
+        about = (
+            *told,
+            asked,
+            samples[0].seed,
+            folder_digest(folder),
+            identify(files),
+            code,
+            precision,
+            run.identity("text"),
+        )
         name, identity = f"{self.column_name}-sets", fingerprint("calibration sets", self.version, *about)
         state: State = {}
         if needs_fit(run, name, identity):
             state = run.aggregate(Draws(tuple(samples)))
-        probe = read_seeds(files, self.probe_text, "probe").to_pylist() if files and state else None
+        probe = self._probe(files, run.layout.chat) if files and state else None
         resources = Resources(cpus=run.config.engine.cpus, gpus=run.config.engine.gpus)
         return run.artifact(name, identity, partial(_try_sets, self, source, precision, state, probe), resources)
+
+    def _probe(self, files: Sequence[str], chat: Chat | None) -> Rows:
+        if chat is None:
+            return {"text": read_seeds(files, self.probe_text, "probe")}
+        table = read_conversations(files, chat, "probe")
+        return {name: table[name].combine_chunks() for name in table.column_names}
 
     def _samples(self, run: Run) -> list[Sample]:
         """The draw of every set and, last, that of the probe; each under a seed of its own."""
@@ -141,7 +163,7 @@ class Calibration(Score):
         size = TOKEN_BYTES * max(self.tokens, self.probe_tokens)
         wanted = [self.rows] * self.candidates + [self.probe_rows]
         return [
-            Sample(("text", SHARD, ROW), OVERDRAWN * rows, run.rows, _seed_of(seed, number), "text", size)
+            Sample((*run.layout.spoken, SHARD, ROW), OVERDRAWN * rows, run.rows, _seed_of(seed, number), "text", size)
             for number, rows in enumerate(wanted)
         ]
 
@@ -201,7 +223,9 @@ def choose(kl: np.ndarray) -> tuple[list[int], bool]:
     return (order if differ else [int(usable[0]), *(s for s in order if s != usable[0])]), differ
 
 
-def packed(rows: Sequence[Sequence[int]], count: int, tokens: int, end: int | None) -> tuple[np.ndarray, int]:
+def packed(
+    rows: Sequence[Sequence[int] | np.ndarray], count: int, tokens: int, end: int | None
+) -> tuple[np.ndarray, int]:
     """Sequences (m <= count, tokens) int32 of rows end to end, and how many rows went in.
 
     A row gives its first `tokens` tokens; a shorter one is closed by `end`.
@@ -211,23 +235,32 @@ def packed(rows: Sequence[Sequence[int]], count: int, tokens: int, end: int | No
     for row in rows:
         if len(stream) >= count * tokens:
             break
-        stream += row[:tokens] if len(row) >= tokens or end is None else [*row, end]
+        stream.extend(row[:tokens] if len(row) >= tokens or end is None else [*row, end])
         used += 1
     whole = min(count, len(stream) // tokens)
     return np.array(stream[: whole * tokens], np.int32).reshape(whole, tokens), used
 
 
 def divergence_of(
-    model: PreTrainedModel, sets: Sequence[np.ndarray], probe: np.ndarray, pruner: Pruner, sparsity: float
+    model: PreTrainedModel,
+    sets: Sequence[np.ndarray],
+    probe: np.ndarray,
+    pruner: Pruner,
+    sparsity: float,
+    told: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Mean KL in nats a token of every sequence of the probe (n, tokens), after pruning with each set; (sets, n)."""
+    """Mean KL in nats a token of every sequence of the probe (n, tokens), after pruning with each set; (sets, n).
+
+    `told`: bool (n, tokens), the tokens that the mean is of (default: all but the first), at least one a sequence.
+    """
     offsets = np.arange(0, probe.size + 1, probe.shape[1])
     found = []
     for ids in sets:
         pruned = copy.deepcopy(model)
         pruner(pruned, ids, sparsity)
         value, _ = between(model, pruned, probe.ravel(), offsets, kl)
-        found.append(value.reshape(probe.shape)[:, 1:].mean(axis=1, dtype=np.float64))
+        counts = True if told is None else told[:, 1:]
+        found.append(value.reshape(probe.shape)[:, 1:].mean(axis=1, dtype=np.float64, where=counts))
     return np.stack(found)
 
 
@@ -236,7 +269,7 @@ def _try_sets(
     source: Artifact | Path,
     precision: str,
     state: State,
-    probe_texts: list[str] | None,
+    probe_rows: Rows | None,
     directory: Path,
 ) -> None:
     import torch
@@ -246,35 +279,46 @@ def _try_sets(
     torch.set_num_threads(threads.cpus())
     model, tokenizer = load_causal(folder_of(source))
     model = model.to("cuda" if precision == "bfloat16" else "cpu", getattr(torch, precision))
-    plain = tokenizer.backend_tokenizer
-    plain.no_padding()
-    plain.no_truncation()
-    plain.encode_special_tokens = True
+    encoder = Encoder(tokenizer, LONGEST)
 
-    def cut(found: list[str], count: int, tokens: int, what: str) -> tuple[np.ndarray, int]:
-        rows = [encoding.ids for encoding in plain.encode_batch_fast(found)]
-        ids, used = packed(rows, count, tokens, tokenizer.eos_token_id)
+    def cut(rows: Rows, count: int, tokens: int, what: str) -> tuple[np.ndarray, np.ndarray | None, int]:
+        """Sequences, which of their tokens are of a response, and how many rows they take."""
+        read = encoder.read(rows)
+        ids, used = packed(np.split(read.ids, read.offsets[1:-1]), count, tokens, tokenizer.eos_token_id)
         if len(ids) < count:
             raise ConfigError(
-                f"calibration: {len(found):,} rows fill {len(ids):,} of the {count:,} sequences of {tokens:,} tokens "
-                f"that {what} needs: ask for fewer or shorter ones"
+                f"calibration: {len(rows['text']):,} rows fill {len(ids):,} of the {count:,} sequences of {tokens:,} "
+                f"tokens that {what} needs: ask for fewer or shorter ones"
             )
-        return ids, used
+        if read.target is None:
+            return ids, None, used
+        end = None if tokenizer.eos_token_id is None else 0
+        told, _ = packed(np.split(read.target, read.offsets[1:-1]), count, tokens, end)
+        return ids, told > 0, used
 
-    drawn = part(state, recipe.candidates)
-    probe_texts = probe_texts or texts(drawn)
-    probe, used = cut(probe_texts, recipe.probe_rows, recipe.probe_tokens, "the probe")
+    probe_rows = probe_rows or _rows(part(state, recipe.candidates))
+    probe, told, used = cut(probe_rows, recipe.probe_rows, recipe.probe_tokens, "the probe")
+    if told is not None:
+        heard = told[:, 1:].any(axis=1)
+        if heard.sum() < 2:
+            raise ConfigError("calibration: next to no sequence of the probe holds a response: raise probe_tokens")
+        probe, told = probe[heard], told[heard]
     size = TOKEN_BYTES * max(recipe.tokens, recipe.probe_tokens)
-    held_out = {_cut(text, size) for text in probe_texts[:used]}
+    held_out = {_cut(text, size) for text in probe_rows["text"].slice(0, used).to_pylist()}
     sets, members = [], []
     for number in range(recipe.candidates):
         of_set = part(state, number)
         apart = [i for i, text in enumerate(texts(of_set)) if _cut(text, size) not in held_out]
-        ids, used = cut([texts(of_set)[i] for i in apart], recipe.rows, recipe.tokens, "a set")
+        rows = {name: values.take(pa.array(apart, pa.int64())) for name, values in _rows(of_set).items()}
+        ids, _, used = cut(rows, recipe.rows, recipe.tokens, "a set")
         sets.append(ids)
         members.append({name: of_set[name][apart[:used]] for name in ("hash", SHARD, ROW)})
-    found = divergence_of(model, sets, probe, pruner_of(recipe.pruner), recipe.sparsity)
+    found = divergence_of(model, sets, probe, pruner_of(recipe.pruner), recipe.sparsity, told)
     _write(directory, found, sets, members, probe)
+
+
+def _rows(state: State) -> Rows:
+    return {name: sampled(state, name) for name in TYPES if name in state}
 
 
 def _cut(text: str, size: int) -> str:

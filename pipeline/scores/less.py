@@ -34,7 +34,7 @@ from pipeline.models.files import folder_digest, folder_of
 from pipeline.models.gradients import linear_layers, token_losses
 from pipeline.models.projection import Kind, projection
 from pipeline.recipe import Column, State, Transform, fingerprint
-from pipeline.sample import Sample, draw, needs_fit, texts
+from pipeline.sample import Sample, draw, needs_fit, sampled
 from pipeline.scores._influence import (
     BATCH_ROWS,
     FIELDS,
@@ -44,8 +44,8 @@ from pipeline.scores._influence import (
     Target,
     engine_resources,
     pooled,
-    prompts_of,
     scored,
+    spoken,
     subtask_means,
     unit,
 )
@@ -115,7 +115,7 @@ class Less(Influence):
             sample = Sample(inputs, rows, run.rows, asked["seed"], "text", max_bytes=MAX_CHARS * self.max_tokens)
             state = draw(run, sample)
         warm = run.artifact(name, identity, partial(_warm_up, source, state, inputs, asked, precision), resources)
-        target = self.target_set()
+        target = self.target_set(run)
         name = f"{self.column_name}-target"
         identity = fingerprint("less", 1, warm.fingerprint, target.identity, asked)
         if needs_fit(run, name, identity):
@@ -168,8 +168,7 @@ def _warm_up(
         raise ConfigError("less: the corpus has no usable row to warm up on")
     reader = Reader(folder_of(source), asked["max_tokens"], precision)
     adapters = adapt(reader.model, asked["rank"], asked["alpha"], asked["dropout"], asked["seed"])
-    drawn = [pa.array(texts(state, name), pa.large_string()) for name in inputs]
-    tokens = reader.tokenize(*drawn)
+    tokens = reader.read(spoken(pa.record_batch([sampled(state, name) for name in inputs], [*inputs]), inputs))
     rows = np.flatnonzero(~tokens.masked)
     if not len(rows):
         raise ConfigError("less: in no row of the warm-up's sample does a token count: raise max_tokens")
@@ -183,7 +182,7 @@ def _warm_up(
         torch.manual_seed(asked["seed"])
         adapters.train()
         for epoch in range(asked["epochs"]):
-            step_of = np.full(len(tokens.first), -1)
+            step_of = np.full(tokens.rows, -1)
             step_of[rng.permutation(rows)] = np.arange(len(rows)) // STEP_ROWS
             here, seen = [], 0.0
             for step in range(-(-len(rows) // STEP_ROWS)):
@@ -240,7 +239,7 @@ def _aim(
     """Write `targets.npy`: mean unit gradient of each subtask at each checkpoint, (checkpoints, subtasks, size)."""
     reader, views = lenses(source, warm, asked, precision)
     examples = target.read()
-    tokens = reader.tokenize(examples.texts, examples.prompts)
+    tokens = reader.read(examples.spoken)
     project = projection(asked["projection"], asked["size"], asked["seed"])
     aims = [
         subtask_means(unit(view.sketches(tokens, project, plain=True)), examples, ~tokens.masked, target.role)
@@ -265,7 +264,7 @@ def _open(
     project = projection(asked["projection"], asked["size"], asked["seed"])
 
     def score(batch: pa.RecordBatch) -> pa.RecordBatch:
-        tokens = reader.tokenize(batch.column("text"), *(prompts_of(batch, name) for name in inputs[1:]))
+        tokens = reader.read(spoken(batch, inputs))
         scores = np.zeros((batch.num_rows, targets.shape[1]))
         for view, rate, aim in zip(views, rates / rates.sum(), targets, strict=True):
             scores += rate * (unit(view.sketches(tokens, project)) @ aim.T)

@@ -2,15 +2,19 @@
 
     score(x) = L_prior(x) - L_conditional(x),    L(x) = -1/T sum_t ln p(x_t | x_<t)
 
-in nats a token, over the T tokens of a row from the second on. It is the log-likelihood ratio of target against corpus
-a token; its mean is KL(target || corpus) over target text and -KL(corpus || target) over the corpus. `prior` and
-`conditional` are two causal models with one tokenizer; or `target` names texts, and the pair is trained here: a small
-model from scratch on a sample of the corpus, then fine-tuned on the target until texts of it that were held out get no
-easier. The artifacts `<name>-prior` and `<name>-conditional` then hold the pair, and `conditional.json` how it went.
+in nats a token, over the T tokens of a row from the second on (of instructions: of the responses). It is the
+log-likelihood ratio of target against corpus a token; its mean is KL(target || corpus) over target text and
+-KL(corpus || target) over the corpus. `prior` and `conditional` are two causal models with one tokenizer; or `target`
+names texts, and the pair is trained here: a small model from scratch on a sample of the corpus, then fine-tuned on the
+target until texts of it that were held out get no easier. The artifacts `<name>-prior` and `<name>-conditional` then
+hold the pair, and `conditional.json` how it went.
 
 RHO-LOSS (Mindermann et al. 2022, arXiv 2206.07137) is the same difference with the model that is being trained in the
 place of the prior: give its checkpoint as `prior`, a model of held-out data as `conditional`, and score again as it
 learns.
+
+In a corpus of instructions the files of `target` hold conversations in the same columns; the prior learns to write all
+of the rows, since it begins from nothing, the conditional is fine-tuned on the responses alone.
 
 `mask: 0.6` adds the field `mask`: for every token of a row (the prior's tokens, `ids` of its `lm-` column) whether a
 trainer should count its loss, the 60 % of the corpus's tokens that the conditional model finds easiest beside the prior
@@ -47,7 +51,18 @@ from pydantic import Field, model_validator
 
 from pipeline.engine import threads
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.models.causal import check_model, context, load_causal, model_source, row_losses, token_column
+from pipeline.models.causal import (
+    LONGEST,
+    Encoder,
+    as_mask,
+    check_model,
+    context,
+    load_causal,
+    losses_of,
+    model_source,
+    row_losses,
+    token_column,
+)
 from pipeline.models.files import check_installed, folder_of
 from pipeline.models.training import lm_loss, pack, save_lm, train_lm
 from pipeline.recipe import Column, State, Transform, fingerprint
@@ -55,7 +70,7 @@ from pipeline.sample import needs_fit
 from pipeline.scores._contamination import warn_contained
 from pipeline.scores._prior import Training, neural, prior, seed_of
 from pipeline.scores._seeds import identify, locate
-from pipeline.scores._targets import listed, read_targets
+from pipeline.scores._targets import listed, read_conversations, read_targets
 from pipeline.scores._token_mask import Excess, excess, lowest_bin, masks
 from pipeline.scores.base import Score
 
@@ -139,7 +154,8 @@ class LossReduction(Score):
 
     def column(self, run: Run) -> Column:
         support = self.support(run)
-        inputs = tuple(f"{column.name}.logp" for column in support)
+        (before, *target), (after, *_) = map(losses_of, support)
+        inputs = (before, after, *target)
         line = None if self.mask is None else self._line(run, inputs, self.mask)
         identity = fingerprint(type(self).__name__, self.version, self.shrink, *([line.fingerprint] if line else []))
         fields = FIELDS if line is None else FIELDS.append(MASK)
@@ -148,11 +164,11 @@ class LossReduction(Score):
             self.column_name, inputs, fields, partial(_open, self.shrink, line), identity, support[0].resources
         )
 
-    def _line(self, run: Run, logp: tuple[str, ...], share: float) -> Artifact:
+    def _line(self, run: Run, inputs: tuple[str, ...], share: float) -> Artifact:
         """Artifact `<name>-mask`: `mask.json` with the lowest bin of excess that is kept."""
         name = f"{self.column_name}-mask"
-        identity = fingerprint("mask", self.version, share, run.identity(*logp))
-        state = run.aggregate(Excess(*logp), name) if needs_fit(run, name, identity) else {}
+        identity = fingerprint("mask", self.version, share, run.identity(*inputs))
+        state = run.aggregate(Excess(*inputs), name) if needs_fit(run, name, identity) else {}
         return run.artifact(name, identity, partial(_draw_line, state, share), resources=None)
 
     def _pair(self, run: Run) -> tuple[str | Artifact, str | Artifact]:
@@ -166,9 +182,10 @@ class LossReduction(Score):
                 )
             return self.prior, self.conditional
         files = locate(listed(self.target), f"{self.column_name}.target")
-        texts = read_targets(files, self.target_text, f"{self.column_name}.target")["text"].to_pylist()
-        held_out = math.ceil(self.holdout * len(texts))
-        if held_out == len(texts):
+        role, chat = f"{self.column_name}.target", run.layout.chat
+        examples = read_conversations(files, chat, role) if chat else read_targets(files, self.target_text, role)
+        held_out = math.ceil(self.holdout * len(examples))
+        if held_out == len(examples):
             raise ConfigError(
                 f"{self.column_name}: the target set has one distinct text, so none can be held out to say when to "
                 "stop: give more, or set holdout: 0 and the number of tune_steps"
@@ -178,9 +195,9 @@ class LossReduction(Score):
         name = f"{self.column_name}-conditional"
         identity = fingerprint("conditional", self.version, before.fingerprint, identify(files), vars(tuning))
         if needs_fit(run, name, identity):
-            warn_contained(run, texts, f"{self.column_name}.target")
+            warn_contained(run, examples["text"].combine_chunks(), role)
         gpu = run.config.engine.gpus > 0
-        return before, run.artifact(name, identity, partial(_tune, tuning, before, texts, gpu), neural(run))
+        return before, run.artifact(name, identity, partial(_tune, tuning, before, examples, gpu), neural(run))
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -200,7 +217,7 @@ class Tuning:
     seed: int
 
 
-def _tune(tuning: Tuning, before: Artifact, texts: list[str], gpu: bool, directory: Path) -> None:
+def _tune(tuning: Tuning, before: Artifact, examples: pa.Table, gpu: bool, directory: Path) -> None:
     """Fine-tune the prior and keep it as it was when the held-out loss was lowest, which may be before any step."""
     import torch
 
@@ -208,26 +225,35 @@ def _tune(tuning: Tuning, before: Artifact, texts: list[str], gpu: bool, directo
     model, tokenizer = load_causal(before.local())
     model = model.to("cuda" if gpu else "cpu")
     backend, length = tokenizer.backend_tokenizer, model.config.max_position_embeddings
-    backend.encode_special_tokens = True
-    tokens = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-    blocks = pack(tokens[tuning.held_out :], length, 0)
+    encoder = Encoder(tokenizer, LONGEST)
+    read = encoder.read({name: examples[name].combine_chunks() for name in examples.column_names})
+    backend.no_truncation()
+    tokens = np.split(read.ids, read.offsets[1:-1])
+    answers = None if read.target is None else np.split(read.target, read.offsets[1:-1])
+
+    def packed(rows: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        """Blocks of some of the texts, and which of their tokens are learnt."""
+        return pack(tokens[rows], length, 0), None if answers is None else pack(answers[rows], length, 1) > 0
+
+    blocks, counts = packed(slice(tuning.held_out, None))
     looks: list[tuple[int, float]] = []
     best = {name: value.clone() for name, value in model.state_dict().items()}
     if tuning.held_out:
-        watched = pack(tokens[: tuning.held_out], length, 0)[:HELD_OUT_BLOCKS]
-        looks.append((0, lm_loss(model, watched)))
+        watched, heard = packed(slice(tuning.held_out))
+        watched, heard = watched[:HELD_OUT_BLOCKS], None if heard is None else heard[:HELD_OUT_BLOCKS]
+        looks.append((0, lm_loss(model, watched, counts=heard)))
 
     def stop(step: int) -> bool:
         nonlocal best
         if not looks or (step % max(1, tuning.steps // LOOKS) and step < tuning.steps):
             return False
-        loss = lm_loss(model, watched)
+        loss = lm_loss(model, watched, counts=heard)
         if loss < min(known for _, known in looks):
             best = {name: value.clone() for name, value in model.state_dict().items()}
         looks.append((step, loss))
         return len(looks) - 1 - int(np.argmin([known for _, known in looks])) >= PATIENCE
 
-    losses = train_lm(model, blocks, tuning.steps, tuning.batch, tuning.lr, tuning.seed, stop=stop)
+    losses = train_lm(model, blocks, tuning.steps, tuning.batch, tuning.lr, tuning.seed, stop=stop, counts=counts)
     if looks:
         model.load_state_dict(best)
     step = min(looks, key=lambda look: look[1])[0] if looks else len(losses)
@@ -235,7 +261,7 @@ def _tune(tuning: Tuning, before: Artifact, texts: list[str], gpu: bool, directo
         log.warning("loss_reduction: the target got no easier by fine-tuning: every score will be 0")
     save_lm(model, backend, directory)
     facts = {
-        "texts": len(texts) - tuning.held_out,
+        "texts": len(examples) - tuning.held_out,
         "tokens": blocks.size,
         "held_out_texts": tuning.held_out,
         "held_out_losses": [[step, round(loss, 4)] for step, loss in looks],
@@ -258,13 +284,15 @@ def _open(shrink: float, line: Artifact | None) -> Transform:
     lowest = None if line is None else json.loads((line.local() / LINE).read_text())["lowest_bin"]
 
     def score(batch: pa.RecordBatch) -> pa.RecordBatch:
-        before, tokens = row_losses(batch.column(0))
-        after, _ = row_losses(batch.column(1))
+        prior, conditional, *target = batch.columns
+        before, tokens = row_losses(prior, *target)
+        after, _ = row_losses(conditional, *target)
         values = reduction(before, after, tokens, shrink)
         found = pa.record_batch([values, before, after, tokens], names=FIELDS.names).cast(FIELDS)
         if lowest is None:
             return found
-        return found.append_column(MASK, masks(excess(batch.column(0), batch.column(1)), tokens, lowest))
+        there = prior.value_lengths().to_numpy().astype(np.int64)
+        return found.append_column(MASK, masks(excess(prior, conditional), there, lowest, *map(as_mask, target)))
 
     return score
 

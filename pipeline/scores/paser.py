@@ -20,7 +20,8 @@ share of every capability.
 What differs from the released code, and why. It sums the JSD over the tokens, so that long answers win: this is the
 mean. It takes logarithms of zero: these are guarded. Its cost, which mixes tokens and characters, is the number of
 tokens here, or its square with `price: squared`, the paper's. The paper encodes the instruction; the vectors here are
-the run's, which are of the text. Where the models do not differ at all, shares are those of the rows.
+the run's, which are of the text. In a corpus of instructions the divergence is that of the responses' tokens. Where the
+models do not differ at all, shares are those of the rows.
 
 What to know: the filter depends on the order, turns away what is new between known things, and has not been compared
 with a random one of the same strength; it looks at the first 100,000 rows of a capability and takes those behind as
@@ -149,6 +150,10 @@ class Paser(Score):
         folders = folder_of(sources[0]), folder_of(sources[1])
         divergence.check_tokenizers(*folders, self.column_name)
         if self.prompt is not None:
+            if run.layout.chat is not None:
+                raise ConfigError(
+                    f"{self.column_name}.prompt: the corpus says what is answered: remove the prompt here"
+                )
             if self.prompt not in run.schema.names:
                 there = ", ".join(run.schema.names)
                 raise ConfigError(
@@ -163,7 +168,7 @@ class Paser(Score):
         prompt = None if self.prompt is None else f"corpus.{self.prompt}"
         return Column(
             f"jsd-{identity[:12]}",
-            ("text", *([prompt] if prompt else [])),
+            (*run.layout.spoken, *([prompt] if prompt else [])),
             JSD,
             partial(_open_jsd, *sources, prompt, tokens, precision),
             identity,
@@ -333,7 +338,8 @@ def _open_jsd(
 
     def measure(batch: pa.RecordBatch) -> pa.RecordBatch:
         n, why = len(batch), np.full(len(batch), "", object)
-        ids, offsets = dense.tokenize(batch.column("text"))
+        read = dense.read({name: batch.column(name) for name in batch.schema.names if name != prompt})
+        ids, offsets = read.ids, read.offsets
         begin = np.ones(n, np.int64)  # nothing predicts the first token
         if prompt is not None:
             before, reasons = clean_text(batch.column(prompt))
@@ -346,15 +352,16 @@ def _open_jsd(
             ids, offsets, begin = joined(*dense.tokenize(pc.fill_null(before, nothing)), ids, offsets, max_tokens)
         lengths = np.diff(offsets)
         row = np.repeat(np.arange(n), lengths)
-        why[lengths <= begin] = f"no token of the text is predicted within {max_tokens} tokens"
+        told = np.arange(len(ids)) - np.repeat(offsets[:-1], lengths) >= np.repeat(begin, lengths)
+        told = told if read.target is None else told & read.target
+        count = np.bincount(row[told], minlength=n)
+        why[count == 0] = f"no token of the text is predicted within {max_tokens} tokens"
         why[np.unique(row[ids >= known])] = "a token is not in the pruned model's vocabulary"
         run = why == ""
         value, lost = np.zeros((2, len(ids)), np.float32)
         kept = np.append(0, np.cumsum(lengths[run]))
         value[run[row]], lost[run[row]] = divergence.between(dense.model, sparse, ids[run[row]], kept, divergence.jsd)
-        told = np.arange(len(ids)) - offsets[row] >= begin[row]
-        count = np.maximum(np.bincount(row[told], minlength=n), 1)
-        mean, mass = (np.bincount(row[told], v[told], n) / count for v in (value, lost))
+        mean, mass = (np.bincount(row[told], v[told], n) / np.maximum(count, 1) for v in (value, lost))
         why[run & ~np.isfinite(mean)] = "the divergence of the models is not finite"
         bad = why != ""
         values = [mean.astype(np.float32), lengths.astype(np.int32), mass.astype(np.float32)]

@@ -2,7 +2,8 @@
 
     perplexity(x) = exp(-1/T sum_t ln p(x_t | x_<t)) = 10^(-sum log10 p / T)
 
-over the T tokens of a row from the second on, of its first `max_tokens`. The model is any causal one, or a small one
+over the T tokens of a row from the second on, of its first `max_tokens`; of instructions over those of the responses,
+given all that stands before them. The model is any causal one, or a small one
 trained here on a sample of the corpus (artifact `<name>-prior`), which finds what is rare in this corpus.
 
 `rank` is the share of the corpus that has a lower perplexity, from a histogram in bins of 5e-4 nats, and `band` what
@@ -30,7 +31,7 @@ import pyarrow as pa
 from pydantic import Field, model_validator
 
 from pipeline.errors import CorpusError
-from pipeline.models.causal import check_model, row_losses, token_column
+from pipeline.models.causal import check_model, losses_of, row_losses, token_column
 from pipeline.models.files import check_installed
 from pipeline.recipe import Column, State, Transform, fingerprint
 from pipeline.sample import needs_fit
@@ -104,12 +105,12 @@ class Perplexity(Score):
 def loss_column(tokens: Column) -> Column:
     """Support column of a row's mean loss (`nats` a token) and how many `tokens` it is of; few bytes a row."""
     name = "loss-" + tokens.name.removeprefix("lm-")
-    return Column(name, (f"{tokens.name}.logp",), LOSS, _open_loss, "mean loss 1", tokens.resources)
+    return Column(name, losses_of(tokens), LOSS, _open_loss, "mean loss 1", tokens.resources)
 
 
 def _open_loss() -> Transform:
     def mean(batch: pa.RecordBatch) -> pa.RecordBatch:
-        nats, tokens = row_losses(batch.column(0))
+        nats, tokens = row_losses(*batch.columns)
         return pa.record_batch([nats, tokens], names=LOSS.names).cast(LOSS)
 
     return mean

@@ -14,8 +14,9 @@ are none) and make up at most `max_share` of its words (so "the" is none). Words
 fixed 8 MB, where a collision may let a rare word in or keep a common one out. Whether a word is a noun is not asked.
 
 A row without such a word has no risk that can be seen: its score is 0, and its other fields are null. Scripts that
-write no spaces have none. The measurement is that of the model's column of token log-probabilities: free where
-perplexity or loss reduction asks for it.
+write no spaces have none. Of instructions only the words of the responses are learnt, so only they can be keywords. The
+measurement is that of the model's column of token log-probabilities: free where perplexity or loss reduction asks for
+it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import pyarrow.compute as pc
 from pydantic import Field, model_validator
 
 from pipeline.errors import ConfigError
-from pipeline.models.causal import MAX_CHARS, check_model, model_source, token_column
+from pipeline.models.causal import MAX_CHARS, as_mask, check_model, losses_of, model_source, token_column
 from pipeline.models.files import folder_of
 from pipeline.recipe import Column, State, Transform, fingerprint
 from pipeline.sample import needs_fit
@@ -89,7 +90,7 @@ class Priming(Score):
         asked = self.model_dump(include={"min_position", "min_count", "max_share"})
         return Column(
             self.column_name,
-            (f"{tokens.name}.ids", f"{tokens.name}.logp"),
+            (f"{tokens.name}.ids", *losses_of(tokens)),
             FIELDS,
             partial(self._open, model_source(run, self.model), counts),
             fingerprint(type(self).__name__, self.version, asked, counts.fingerprint),
@@ -108,7 +109,8 @@ class Priming(Score):
         allowed = (known >= self.min_count) & (known <= self.max_share * known.sum())
 
         def score(batch: pa.RecordBatch) -> pa.RecordBatch:
-            return keywords(pieces, batch.column(0), batch.column(1), allowed, self.min_position)
+            ids, logp, *target = batch.columns
+            return keywords(pieces, ids, logp, allowed, self.min_position, *map(as_mask, target))
 
         return score
 
@@ -189,9 +191,15 @@ def _is_letter(byte: int) -> bool:
 
 
 def keywords(
-    pieces: Pieces, ids: pa.ListArray, logp: pa.ListArray, allowed: np.ndarray, min_position: int
+    pieces: Pieces,
+    ids: pa.ListArray,
+    logp: pa.ListArray,
+    allowed: np.ndarray,
+    min_position: int,
+    target: np.ndarray | None = None,
 ) -> pa.RecordBatch:
-    """The column's values of n rows: `ids` of T tokens, `logp` of T - 1; `allowed` (2^20,) words by hash."""
+    """The column's values of n rows: `ids` of T tokens, `logp` of T - 1; `allowed` (2^20,) words by hash; and beside
+    `logp`, end to end, where a keyword may begin (`target`, bool)."""
     lengths = ids.value_lengths().to_numpy().astype(np.int64)
     first = np.cumsum(lengths) - lengths
     tokens = ids.flatten().to_numpy()
@@ -206,6 +214,10 @@ def keywords(
     end = np.append(begin[1:], len(tokens))
     cut = np.append(pieces.joins[tokens], True)[end] | (end == (first + lengths)[row[begin]])
     word = (letters & starts)[begin] & (position[begin] >= min_position) & ~cut
+    if target is not None:
+        learnt = np.zeros(len(tokens), bool)
+        learnt[position > 0] = target
+        word &= learnt[begin]
     total = np.add.reduceat(given, begin) if len(begin) else given
     begin, end, total = begin[word], end[word], total[word]
 

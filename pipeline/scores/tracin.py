@@ -43,8 +43,8 @@ from pipeline.scores._influence import (
     engine_resources,
     layers_of,
     pooled,
-    prompts_of,
     scored,
+    spoken,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class Tracin(Influence):
 
     def _aims(self, run: Run) -> Artifact:
         """Mean gradients of the target: `<checkpoint>.safetensors` of (d_out, d_in) tensors, `<subtask>.<layer>`."""
-        target, sources = self.target_set(), [model_source(run, model) for model in self.checkpoints]
+        target, sources = self.target_set(run), [model_source(run, model) for model in self.checkpoints]
         resources, precision = engine_resources(run)
         files = [folder_digest(folder_of(source)) for source in sources]
         asked = [self.gradients, self.normalise, self.max_tokens]
@@ -107,7 +107,7 @@ class Tracin(Influence):
         examples = target.read()
         for number, source in enumerate(sources):
             lens = self._lens(source, precision)
-            tokens = lens.reader.tokenize(examples.texts, examples.prompts)
+            tokens = lens.reader.read(examples.spoken)
             share = check_aims(examples, ~tokens.masked, target.role)
             means = mean_gradients(lens, tokens, examples.subtask, share, self.normalise)
             save_file(means, directory / f"{number}.safetensors")
@@ -131,10 +131,10 @@ class Tracin(Influence):
         subtasks = len(json.loads((aims.local() / "subtasks.json").read_text()))
 
         def score(batch: pa.RecordBatch) -> pa.RecordBatch:
-            texts = batch.column("text"), *(prompts_of(batch, name) for name in inputs[1:])
+            rows = spoken(batch, inputs)
             scores = np.zeros((batch.num_rows, subtasks))
             for lens, target, rate in zip(lenses, targets, rates, strict=True):
-                tokens = lens.reader.tokenize(*texts)
+                tokens = lens.reader.read(rows)
                 found, norms = products(lens, tokens, target, subtasks, self.normalise)
                 if self.normalise:
                     found = np.divide(found, norms[:, None], out=np.zeros_like(found), where=norms[:, None] != 0)
@@ -175,7 +175,7 @@ def products(
     """Products of the rows' gradients with each subtask's (n, subtasks), and their norms (n,) if asked for."""
     import torch
 
-    found, squares = np.zeros((len(tokens.first), subtasks)), np.zeros(len(tokens.first))
+    found, squares = np.zeros((tokens.rows, subtasks)), np.zeros(tokens.rows)
     for rows, ids, weight in lens.reader.batches(tokens):
         sums = torch.zeros(len(rows), subtasks + 1, dtype=torch.float64, device=ids.device)
 

@@ -53,8 +53,8 @@ from pipeline.scores._influence import (
     engine_resources,
     layers_of,
     pooled,
-    prompts_of,
     scored,
+    spoken,
     subtask_means,
     unit,
 )
@@ -141,7 +141,7 @@ class Trak(Influence):
 
     def _aims(self, run: Run) -> Artifact:
         """`targets.npy`: the target's mean projected gradients, (models, subtasks, size)."""
-        target, asked = self.target_set(), self._asked(run)
+        target, asked = self.target_set(run), self._asked(run)
         resources, precision = engine_resources(run)
         sources = [model_source(run, model) for model in dict.fromkeys(self.models)]
         files = [folder_digest(folder_of(source)) for source in sources]
@@ -243,7 +243,7 @@ def _open_sketch(
     project = projection(asked["projection"], asked["size"], asked["seed"])
 
     def sketch(batch: pa.RecordBatch) -> pa.RecordBatch:
-        tokens = lens.reader.tokenize(batch.column("text"), *(prompts_of(batch, name) for name in inputs[1:]))
+        tokens = lens.reader.read(spoken(batch, inputs))
         phi = lens.sketches(tokens, project)
         norms = np.linalg.norm(phi, axis=1)
         broken = ~np.isfinite(norms)
@@ -265,7 +265,7 @@ def _aim(
     aims = []
     for source in sources:
         lens = _lens(source, asked, precision)
-        tokens = lens.reader.tokenize(examples.texts, examples.prompts)
+        tokens = lens.reader.read(examples.spoken)
         aims.append(subtask_means(lens.sketches(tokens, project), examples, ~tokens.masked, target.role))
     np.save(directory / "targets.npy", np.stack(aims))
     (directory / "subtasks.json").write_text(json.dumps(examples.names))
