@@ -181,8 +181,9 @@ def compare(
         from pipeline.compare.proxy import compare_proxy, settings
         from pipeline.compare.verdict import print_comparison
 
-        chosen = settings(options or [], target=target, at=at, seeds=seeds)
-        print_comparison(compare_proxy(load(config, overrides, run), chosen, quiet=quiet))
+        sieve = load(config, overrides, run)
+        learner = settings(sieve, options or [], target=target, at=at, seeds=seeds)
+        print_comparison(compare_proxy(sieve, learner, quiet=quiet))
         return
     if target or at or seeds or options:
         raise ConfigError("--target, --at, --seeds and --with belong to --proxy; set keys of CONFIG with --set")
@@ -192,6 +193,91 @@ def compare(
 
     matched = load_as(Matched, config, overrides, run)
     print_matched(compare_matched(matched, quiet, only_plan, show=None if quiet else print_arms))
+
+
+FedFrom = Annotated[
+    str, typer.Argument(metavar="RUN|CONFIG", help="Curated run, or a YAML file such as configs/in_context.yaml.")
+]
+OrderName = Annotated[
+    str | None, typer.Option("--order", metavar="NAME", help="A stored order (default: as the rows lie).")
+]
+RecipeOptions = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A=B", help="Set an option of the kind; may be given again.")
+]
+
+
+@app.command()
+def order(
+    source: FedFrom,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="source, shuffled, curriculum, repeated, in_context.")
+    ] = None,
+    rows: Annotated[
+        bool, typer.Option("--rows", help="Write the rows themselves in this order, too, for the loader.")
+    ] = False,
+    options: RecipeOptions = None,
+    run: RunOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Say in which sequence a trainer reads the curated rows, and how often each."""
+    from pipeline.output.commands import asked, make_order, say_order
+
+    wanted = asked(source, "order", kind, options or [], run=run, rows=rows or None)
+    say_order(make_order(wanted, quiet), wanted.run)
+
+
+@app.command()
+def pack(
+    source: FedFrom,
+    kind: Annotated[str | None, typer.Option("--kind", help="best_fit, concat, pairs.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens a sequence.")] = None,
+    tokenizer: Annotated[str | None, typer.Option("--tokenizer", help="tokenizer.json, folder or hub name.")] = None,
+    by: OrderName = None,
+    options: RecipeOptions = None,
+    run: RunOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Pack the curated rows into token sequences of one length."""
+    from pipeline.output.commands import asked, make_packed, say_packed
+
+    named = {"length": length, "tokenizer": tokenizer}
+    options = [*(options or []), *(f"{name}={value}" for name, value in named.items() if value is not None)]
+    wanted = asked(source, "pack", kind, options, default="best_fit", run=run)
+    say_packed(make_packed(wanted, by, quiet), wanted.run)
+
+
+@app.command()
+def export(
+    source: FedFrom,
+    to: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--to", metavar="FORMAT DIR", help="huggingface, jsonl, mds, megatron, webdataset; and where."),
+    ] = None,
+    by: OrderName = None,
+    options: RecipeOptions = None,
+    run: RunOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Write the curated rows in a trainer's own format, through that format's own library."""
+    from pipeline.output.commands import asked, make_export, say_export
+
+    kind, directory = to or (None, None)
+    say_export(make_export(asked(source, "export", kind, options or [], run=run, to=directory), by, quiet))
+
+
+@app.command()
+def feed(
+    run: RunArgument,
+    by: OrderName = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", metavar="NAME", help="A column (default: all); may be given again.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option("-n", min=1, help="Rows (default: all).")] = None,
+) -> None:
+    """Stream the curated rows to standard output, a JSON object a line."""
+    from pipeline.output.commands import feed_command
+
+    feed_command(run, by, columns, rows)
 
 
 @app.command()
