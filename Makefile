@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-EXTRAS := models,vision,web,dev
+EXTRAS := models,vision,web,export,dev
 
 .PHONY: quickstart quickstart-model test test-all lint format bench clean
 
