@@ -60,14 +60,14 @@ def main() -> None:
         os.chdir(directory)  # where the paths of the configuration lie
         config = load(str(ROOT / "configs" / "proxy.yaml"), options.overrides)
         asked = [f"steps={options.steps}", *options.options]
-        done = compare_proxy(config, settings(asked, target=["unseen.parquet"], at=options.at))
+        done = compare_proxy(config, settings(config, asked, target=["unseen.parquet"], at=options.at))
     print_comparison(done)
     if not options.dry:
         told = f"python -m bench.proxy --at {' '.join(map(str, options.at))} --steps {options.steps}"
         told += f" --with {' '.join(options.options)}" if options.options else ""
         told += f" --set {' '.join(options.overrides)}" if options.overrides else ""
         said = f"`{told}` at commit {commit()}; the target is `{options.source}`. {done.setting}"
-        write(f"{said}\n\n{table(done.lines)}", "proxy")
+        write(f"{said}\n\n{table(done.lines, done.measure)}", "proxy")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
     E   from scratch, random data                    F   from scratch, curated data
     R   cut at random, random data
 
-All that are cut or start from scratch have one shape. `parent` and `cut` are the references: the parent untouched, and
-what is cut before it is healed.
+All that are cut or start from scratch have one shape, and where single weights are masked, E has the masks of B and F
+those of C. `parent` and `cut` are the references: the parent untouched, and what is cut before it is healed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.compare.flops import ModelShape, full, last_layers
 from pipeline.compress.allocation.given import Given
+from pipeline.compress.allocation.uniform import Uniform
 from pipeline.compress.importance.random import Random
 from pipeline.compress.recover.base import Cost
+from pipeline.compress.schedule.base import Schedule
+from pipeline.compress.sparse.random import Random as RandomWeights
 from pipeline.compress.steps.base import Step
 from pipeline.compress.steps.depth import Depth
+from pipeline.compress.steps.experts import Experts
+from pipeline.compress.steps.sparse import Sparse
+from pipeline.compress.steps.vocab import Vocab
 from pipeline.compress.steps.width import Width
-from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -72,38 +77,102 @@ EFFECTS = {
 """What a difference of two arms tells."""
 
 
+DRAWN = Width | Depth | Sparse | Experts
+"""Steps whose units can be drawn by chance."""
+CUTTING, MASKING = ("gradual", "adapt_pruner"), ("gradual_magnitude", "soft_shrinkage")
+"""Schedules whose way is known before they start."""
+
+
+def unmatched(designs: Sequence[Design], steps: Sequence[Step], schedules: Sequence[Schedule], recover: str) -> str:
+    """Why arms or steps cannot be matched, all reasons at once; empty where they can."""
+    wrong = [why for step in steps if (why := _shapeless(step))]
+    kinds = [schedule.kind for schedule in schedules]
+    wrong += [f"schedules: {why}" for kind in kinds if (why := UNPLANNED.get(kind) or _unknown(kind))]
+    refused: dict[str, list[str]] = {}
+
+    def refuse(names: str, why: str) -> None:
+        there = [d.name for d in designs if d.name in names.split()]
+        if there:
+            refused.setdefault(why, []).extend(there)
+
+    if recover != "full":
+        refuse("E F", f"recover: {recover} trains a part of the weights, and theirs are all new")
+    if any(kind in MASKING for kind in kinds):
+        refuse("E F", "their mask would be that of B or C, which is known where their budget ends")
+    if any(kind not in CUTTING for kind in kinds):
+        refuse("R", f"{kinds[0]} chooses by what it trains, never by chance")
+    elif unknown := [step.kind for step in steps if not isinstance(step, DRAWN | Vocab)]:
+        refuse("R", f"{unknown[0]} has no control by chance")
+    elif not schedules and not any(isinstance(step, DRAWN) for step in steps):
+        refuse("R", "a vocabulary that is drawn by chance could not write the texts")
+    if all(isinstance(step, Vocab) for step in steps):
+        told = f": {kinds[0]} measures on what it trains on" if schedules else ""
+        refuse("Cr", f"no step measures on calibration data, which are what is other there{told}")
+    wrong += [f"arms: {', '.join(names)}: {why}" for why, names in refused.items()]
+    if gone := {name for names in refused.values() for name in names}:
+        left = ", ".join(d.name for d in designs if d.name not in gone)
+        wrong.append(f"leave them out: arms: [{left}]")
+    return "; ".join(wrong)
+
+
+UNPLANNED = {
+    "continuous": "continuous cuts by the gradients of the training itself, so what it will spend is not known before "
+    "and cannot be matched: take gradual or adapt_pruner",
+    "dynamic_batches": "dynamic_batches mixes domains that the arms do not name: leave it out",
+}
+
+
+def _unknown(kind: str) -> str:
+    known = (*CUTTING, *MASKING, "lora_prune")
+    return "" if kind in known else f"what {kind} will spend is not known before: take one of {', '.join(known)}"
+
+
+def _shapeless(step: Step) -> str:
+    """Why a step does not give all arms one shape; that of others is looked at when they are done."""
+    if isinstance(step, Depth) and step.units == "branch":
+        return (
+            "steps: depth: which branches go is up to the calibration data, and attention costs other FLOPs than an "
+            "MLP: take units: block"
+        )
+    return ""
+
+
 def counts(step: Step, report: dict[str, Any]) -> Step:
     """A step with the counts that it once came to, so that whatever it is calibrated on, its shape is the same.
 
-    Raises ConfigError for a step that does not shape a model by counts.
+    As it is where counts do not depend on data. Weights that are ranked over all matrices keep their ranking: the model
+    loses as many, and masks have no shape.
     """
-    if isinstance(step, Width):
-        kept = {name: int(told.split()[0]) for name, told in report["kept"].items()}
-        return step.model_copy(update={"allocation": Given(kept=kept)})
-    if isinstance(step, Depth) and step.units == "block":
+    given = isinstance(step, Width) or (isinstance(step, Sparse) and not isinstance(step.allocation, Uniform))
+    if not given:
         return step
-    raise ConfigError(
-        f"steps: {step.kind}: arms are matched by the FLOPs of one shape, which width and depth (whole blocks) give; "
-        "masks save none, and a trimmed vocabulary is another measure"
-    )
+    kept = {name: int(told.split()[0]) for name, told in report["kept"].items()}
+    return step.model_copy(update={"allocation": Given(kept=kept)})
 
 
 def by_chance(steps: Sequence[Step], seed: int) -> list[Step]:
-    """The same counts, but the units drawn at random: what a criterion has to beat."""
-    changed: list[Step] = []
-    for i, step in enumerate(steps):
-        if isinstance(step, Width):
-            changed.append(step.model_copy(update={"importance": Random(seed=seed + i), "compensation": None}))
-        else:
-            changed.append(step.model_copy(update={"method": "random", "seed": seed + i}))
-    return changed
+    """The same counts, but what goes drawn at random: what a criterion has to beat. A vocabulary stays as it is."""
+    return [_by_chance(step, seed + i) for i, step in enumerate(steps)]
+
+
+def _by_chance(step: Step, seed: int) -> Step:
+    if isinstance(step, Width):
+        return step.model_copy(update={"importance": Random(seed=seed), "compensation": None})
+    if isinstance(step, Sparse):
+        return step.model_copy(update={"method": RandomWeights(seed=seed), "refit": False})
+    if isinstance(step, Experts):
+        return step.model_copy(update={"criterion": "random", "seed": seed})
+    return step.model_copy(update={"method": "random", "seed": seed}) if isinstance(step, Depth) else step
+
+
+def scheduled_by_chance(schedule: Schedule, seed: int) -> Schedule:
+    """A schedule that cuts, by chance."""
+    return schedule.model_copy(update={"step": _by_chance(schedule.step, seed)})  # type: ignore[attr-defined]
 
 
 def from_scratch(student: nn.Module, seed: int) -> nn.Module:
     """A model of the same shape with new weights: matrices normal with the configuration's deviation, norms 1."""
     import torch
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
 
     fresh = copy.deepcopy(student)
     deviation = float(getattr(student.config, "initializer_range", 0.02))
@@ -111,7 +180,7 @@ def from_scratch(student: nn.Module, seed: int) -> nn.Module:
     with torch.no_grad():
         for module in fresh.modules():
             for name, parameter in module.named_parameters(recurse=False):
-                if isinstance(module, nn.Linear | nn.Embedding | Conv1D) and name == "weight":
+                if parameter.ndim > 1:
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
                 else:
                     parameter.fill_(0.0 if name == "bias" else 1.0)

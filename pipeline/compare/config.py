@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator, model_validator
 
-from pipeline.compare.arms import DESIGNS, Design
+from pipeline.compare.arms import DESIGNS, Design, unmatched
 from pipeline.compare.measures.suite import Latency, Suite
-from pipeline.compress.config import CalibrationData, RecoveryOf, Small, StepOf
+from pipeline.compress.config import CalibrationData, ParentOf, RecoveryOf, ScheduleOf, StepOf
 from pipeline.compress.recover.distill import Distill
 from pipeline.compress.recover.full import Full
 from pipeline.config import EngineConfig, Model
@@ -16,9 +16,10 @@ from pipeline.models.files import check_installed
 class Matched(Model):
     """A parent, what is cut from it, the data, and the budget that all arms share."""
 
-    model: str | Small = Field(description="the parent: folder, hf://org/name, or a small model to train here")
+    model: ParentOf = Field(description="the parent: folder, hf://org/name, or a small model to train here")
     curated: str = Field(description="directory of a curated run; its corpus is the pool that random rows come from")
-    steps: list[StepOf] = Field(min_length=1, description="what makes the student: width, or depth by whole blocks")
+    steps: list[StepOf] = Field([], description="what makes the student, before it trains")
+    schedules: list[ScheduleOf] = Field([], max_length=1, description="or what makes it while it trains")
     recover: RecoveryOf = Full()
     distill: RecoveryOf = Distill()
     scratch_lr: float | None = Field(None, gt=0, description="learning rate from scratch (default: that of `recover`)")
@@ -26,7 +27,7 @@ class Matched(Model):
     tokens: int | None = Field(None, ge=1, description="or: the budget is what training the student on so many takes")
     length: int = Field(512, ge=8, description="tokens a block")
     calibration: CalibrationData = CalibrationData()
-    seeds: int = Field(3, ge=2, description="trainings of every arm")
+    seeds: int = Field(3, ge=2, description="trainings of every arm; an interval takes two, a claim three or more")
     arms: tuple[str, ...] = Field(tuple(DESIGNS), min_length=2)
     parent_tokens: float | None = Field(
         None, ge=0, description="tokens that the parent was trained on, for the full reading (default: of a small one)"
@@ -52,6 +53,14 @@ class Matched(Model):
         check_installed("tamis compare", "models", "torch", "transformers", "safetensors")
         if (self.flops is None) == (self.tokens is None):
             raise ValueError("name the budget once: `flops`, or `tokens` that the student is trained on")
+        if not self.steps and not self.schedules:
+            raise ValueError("nothing makes the student smaller: name `steps`, or `schedules` that cut while it trains")
+        if self.recover.needs_teacher:
+            raise ValueError(
+                f"recover: {self.recover.kind} learns from a teacher, which is what arm D is: name `distill`"
+            )
+        if why := unmatched(self.designs, self.steps, self.schedules, self.recover.kind):
+            raise ValueError(why)
         if self.calibration.by != "random" or self.calibration.draws > 1:
             raise ValueError("calibration: every seed of an arm draws rows at random: leave out `by` and `draws`")
         if "D" in self.arms and not self.distill.needs_teacher:

@@ -17,7 +17,7 @@ arms are matched without it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Self
@@ -133,6 +133,19 @@ class ModelShape:
             for layer in self.layers
         )
         return replace(self, layers=layers)
+
+    def resized(self, told: Mapping[str, Any]) -> Self:
+        """The same at sizes that a training notes when it cuts (`pipeline.compress.recover._shapes`), for its FLOPs:
+        norms and biases are not counted anew."""
+        layers = []
+        for layer, sizes in zip(self.layers, told["layers"].values(), strict=True):
+            heads, kv_heads = sizes.get("num_attention_heads", 0), sizes.get("num_key_value_heads", 0)
+            width = sizes.get("intermediate_size", sizes.get("moe_intermediate_size", 0))
+            dim, experts = sizes.get("head_dim", 0), sizes.get("num_experts", 0)
+            layers.append(
+                replace(layer, heads=heads, kv_heads=kv_heads, head_dim=dim, width=width, experts=experts)
+            )  # fmt: skip
+        return replace(self, hidden=int(told["hidden_size"]), layers=tuple(layers))
 
     @property
     def digest(self) -> str:

@@ -2,13 +2,16 @@
 
 All arms spend the same budget C of FLOPs. What is done before training (importance, search, scoring the pool,
 evaluations to choose a model by) is charged, so `tokens = (C - fixed) / per_token`, and a scorer that eats the budget
-shows before it does. Three readings, always side by side: `marginal` (the parent is there anyway), `full` (its
-pretraining counts) and `amortised` (scores are shared by R runs). An arm whose spending misses C by more than 1 % is
-invalid.
+shows before it does. A model that is cut while it trains costs at every moment what its shape of then does: `stages`
+say from which share of the tokens on. Three readings, always side by side: `marginal` (the parent is there anyway),
+`full` (its pretraining counts) and `amortised` (scores are shared by R runs). An arm whose spending misses C by more
+than 1 % is invalid.
 """
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -36,6 +39,8 @@ Reading = Literal["marginal", "full", "amortised"]
 READINGS: tuple[Reading, ...] = get_args(Reading)
 
 TOLERANCE = 0.01
+ROUNDING = 1e-9
+"""By how much a share of the budget, a quotient of whole numbers, may fall short of the moment that it stands for."""
 EPOCHS = 4.0
 """Repetition of curated data up to which it is worth about what new data are (Muennighoff et al. 2023)."""
 
@@ -126,6 +131,8 @@ def markdown(heads: Sequence[str], lines: Any) -> str:
 class Arm:
     """What an arm would do. FLOPs: `per_token` of training, `fixed` in all before it, by kind.
 
+    `stages`: where a model is cut while it trains, from which share of its tokens on a token costs how much, in order
+    and never more than before; a cut comes between optimizer steps of `step` tokens, at the first that reaches it.
     `data`: distinct tokens that it trains on (None: as many as it likes). `student`: the digest of its shape. `parent`:
     whether it starts from the parent, or is taught or scored by it, so that the full reading owes `pretraining`.
     """
@@ -136,11 +143,25 @@ class Arm:
     data: int | None = None
     student: str = ""
     parent: bool = True
+    stages: tuple[tuple[float, float], ...] = ()
+    step: int = 1
+    note: str = ""
+    """What its FLOPs do not say."""
 
     @property
     def cost(self) -> float:
         """Of all that comes before training."""
         return sum(flops for kind, flops in self.fixed.items() if kind not in LISTED)
+
+    def training(self, tokens: int) -> float:
+        """FLOPs of training on so many tokens: those spent at each shape, times what a token takes there."""
+        steps = (math.ceil(max(0.0, at - ROUNDING) * tokens / self.step) for at, _ in self.stages)
+        begins = [min(tokens, count * self.step) for count in steps]
+        spans = zip([0, *begins], [*begins, tokens], [self.per_token, *(f for _, f in self.stages)], strict=True)
+        return sum((end - begin) * flops for begin, end, flops in spans)
+
+    def spent(self, tokens: int) -> float:
+        return self.cost + self.training(tokens)
 
 
 @dataclass(frozen=True)
@@ -222,20 +243,38 @@ def plan(budget: float, arms: Sequence[Arm], batch_tokens: int = 1, pool: int | 
 def _line(budget: float, arm: Arm, batch_tokens: int, pool: int | None) -> Line:
     if arm.per_token <= 0 or min(arm.fixed.values(), default=0) < 0:
         raise ConfigError(f"{arm.name}: training and what comes before it must cost something, not less than nothing")
+    if any(after > before for (_, after), before in zip(arm.stages, _rates(arm), strict=False)) or _rates(arm)[-1] <= 0:
+        raise ConfigError(f"{arm.name}: a model that is cut while it trains never costs more than before, nor nothing")
     scoring = arm.fixed.get("scoring", 0.0)
-    even = break_even(scoring / pool, arm.per_token) if pool and scoring else 0.0
-    tokens = max(0, round((budget - arm.cost) / (arm.per_token * batch_tokens))) * batch_tokens
-    spent = arm.cost + tokens * arm.per_token
+    tokens = batch_tokens * _batches(budget, arm, batch_tokens)
+    spent = arm.spent(tokens)
+    each = arm.training(tokens) / tokens if tokens else arm.per_token
+    even = break_even(scoring / pool, each) if pool and scoring else 0.0
     epochs = tokens / arm.data if arm.data else None
     line = Line(arm, tokens, spent, epochs, scoring / budget, even)
     if refusal := _refusal(line, budget, batch_tokens):
         return Line(arm, 0, arm.cost, None, scoring / budget, even, refusal)
-    warnings = []
+    warnings = [arm.note] if arm.note else []
     if epochs is not None and epochs > EPOCHS:
         warnings.append(f"{epochs:.1f} epochs over its data: above {EPOCHS:g}, repetition teaches less; keep more")
     if scoring > budget / 2:
         warnings.append(f"scoring takes {100 * scoring / budget:.0f} % of the budget; score what a cheap filter left")
     return Line(arm, tokens, spent, epochs, scoring / budget, even, warnings=tuple(warnings))
+
+
+def _rates(arm: Arm) -> list[float]:
+    """FLOPs a token at every shape."""
+    return [arm.per_token, *(flops for _, flops in arm.stages)]
+
+
+def _batches(budget: float, arm: Arm, batch_tokens: int) -> int:
+    """Batches whose training comes closest to what is left of a budget."""
+    dearest, cheapest = (
+        max(0, int((budget - arm.cost) / (f * batch_tokens))) for f in (arm.per_token, _rates(arm)[-1])
+    )
+    over = range(dearest + 1, cheapest + 2)  # the first that may be too many, to the last
+    few = dearest + bisect_right(over, budget, key=lambda n: arm.spent(n * batch_tokens))
+    return min((few, few + 1), key=lambda n: abs(arm.spent(n * batch_tokens) - budget))
 
 
 def _refusal(line: Line, budget: float, batch_tokens: int) -> str:
@@ -263,7 +302,7 @@ def _cells(line: Line) -> list[str]:
     return [
         line.arm.name,
         f"{line.arm.cost:.3g}",
-        f"{line.arm.per_token:.4g}",
+        f"{line.arm.training(line.tokens) / line.tokens if line.tokens else line.arm.per_token:.4g}",
         "" if line.refusal else short(line.tokens),
         "" if line.epochs is None else f"{line.epochs:.2g}",
         f"{100 * line.scoring:.1f} %" if line.scoring else "",

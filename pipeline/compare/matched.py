@@ -10,9 +10,13 @@ What it leaves in the run directory:
 
     parent/, random-<seed>/   the model to begin with; runs that drew random rows of the pool, as many as were curated
     blocks/, held_out/        what is trained and measured on
-    students/                 the cut models, before healing
+    students/                 the cut models, before healing; end-<seed>: as a schedule leaves them
     arms/<arm>-<seed>/        what came of every training: result.json, values.npz, metrics.jsonl
     compare/                  matched.json, matched.md, index.html
+
+Where a schedule cuts while it trains, `pipeline.compare.trajectory` says beforehand what that will cost. Masks save no
+FLOPs: their arms are charged those of the dense matrices. A vocabulary that was trimmed makes other tokens of the same
+texts, so measures are by byte or by item, and arms that speak otherwise than the parent have no KL from it.
 
 What it trades away: models of this size tell which data heal a cut better at this budget, no more. The intervals over
 runs count seeds, random draws and calibration draws together.
@@ -23,7 +27,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,36 +36,52 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.artifact import Artifact, BuildTask
-from pipeline.compare.arms import CUT, PARENT, Data, Design, from_scratch, per_token
+from pipeline.compare.arms import CUT, DESIGNS, PARENT, Design, from_scratch, per_token
 from pipeline.compare.config import Matched
-from pipeline.compare.flops import ModelShape, full, gradients, hessian, hessian_solve, layerwise, statistics
-from pipeline.compare.ledger import Arm, Ledger, Plan, plan
-from pipeline.compare.material import POOL, Student, Texts, cut_students, gather, sieve_of, suite_of, write_blocks
+from pipeline.compare.flops import ModelShape, full
+from pipeline.compare.ledger import Ledger, Plan
+from pipeline.compare.material import (
+    POOL,
+    Blocks,
+    Student,
+    Students,
+    Texts,
+    calibrated_on,
+    gather,
+    make_students,
+    sieve_of,
+    suite_of,
+    write_blocks,
+)
+from pipeline.compare.measures.base import context_length
 from pipeline.compare.measures.language import divergence
-from pipeline.compare.measures.latency import latency
+from pipeline.compare.measures.latency import in_own_process
 from pipeline.compare.measures.suite import Latency, Suite, measure_all
+from pipeline.compare.planning import load_models, make_plan, spending
 from pipeline.compare.results import Results, judge
 from pipeline.compare.scoring import Scored, scoring_cost
+from pipeline.compare.trajectory import spans
 from pipeline.compress import folder
 from pipeline.compress.config import Small
+from pipeline.compress.data import end_of
 from pipeline.compress.parent import parent_folder
 from pipeline.compress.place import read_json, working_in
-from pipeline.compress.steps.width import Width
+from pipeline.compress.recover._admission import check
+from pipeline.compress.recover.base import Setup
+from pipeline.compress.schedule.base import Schedule
 from pipeline.config import EngineConfig
 from pipeline.corpus.storage import Store
 from pipeline.engine import threads
 from pipeline.engine.connect import connect
 from pipeline.engine.progress import stage
-from pipeline.errors import TamisError
+from pipeline.errors import ConfigError, TamisError
 from pipeline.models.files import folder_digest
 from pipeline.recipe import Resources, fingerprint
 
 if TYPE_CHECKING:
     from torch import nn
 
-VERSION = 1
-GRAM = {"obs", "refit", "scalar"}
-"""Parts of a width step that take Gram matrices."""
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,7 @@ class Unit:
     seed: int
     start: str
     blocks: str
+    schedule: Schedule | None
     tokens: int
     result: Artifact
 
@@ -90,28 +111,28 @@ def compare_matched(
 def _compare(
     config: Matched, directory: Path, quiet: bool, only_plan: bool, show: Callable[[Plan], None] | None
 ) -> Results:
+    sieved = sieve_of(config.curated)
     with stage("parent", quiet):
         parent = parent_folder(config.model, directory / "parent", config.held_out, config.seed)
         model, tokenizer = folder.load(parent)
-    sieved = sieve_of(config.curated)
+    check_parent(config, model, tokenizer)
     with stage("random rows", quiet):
         texts = gather(config, sieved, directory, quiet=True)
     with stage("students", quiet):
-        students = cut_students(config, parent, model, tokenizer, texts, directory / "students")
-    example = folder.load(Path(next(iter(students.values())).folder))[0]
-    dense, small = ModelShape.of(model), ModelShape.of(example)
+        students = make_students(config, parent, model, tokenizer, texts, directory / "students")
+    models = load_models(model, students)
+    _, spoken = folder.load(Path(students.ends[0].folder))
 
-    batch_tokens = config.recover.batch * config.length
-    each = per_token(config.recover.cost(example, model), small, dense, config.length, batch_tokens)
-    budget = config.flops or (config.tokens or 0) * each
-    most = int(budget / each) + batch_tokens
-    blocks = write_blocks(config, tokenizer, texts, most, directory / "blocks")
+    whole = spending(config, DESIGNS["B"], models, students)
+    budget = config.flops or whole.training(config.tokens or 0)
+    most = int(budget / spending(config, DESIGNS["E"], models, students).per_token) + whole.step
+    blocks = write_blocks(config, {True: tokenizer, False: spoken}, texts, most, directory / "blocks")
     scored = scoring_cost(config.curated, sieved)
-    shapes = {"dense": (model, dense), "student": (example, small)}
-    planned = make_plan(config, budget, shapes, students, blocks, scored)
+    planned = make_plan(config, budget, models, students, blocks, scored)
     if show:
         show(planned)
     planned.check()
+    admit(config, parent, students, blocks, planned)
     results = Results(config.model_dump(mode="json"), budget, planned, str(directory / "compare"))
     if only_plan:
         return results
@@ -121,69 +142,63 @@ def _compare(
     task = ArmTask(config, str(parent), suite)
     units = units_of(config, planned, students, parent, blocks, texts, suite, directory / "arms")
     train(task, [u for u in units if not u.result.stored()], config.engine, quiet)
-    speed = speeds({"dense": model, "student": example}, config.latency) if config.latency else {}
-    judge(results, units, ledgers(config, planned, units, dense, scored), speed)
+    used = {"dense": Student(str(parent), folder_digest(parent)), "student": students.ends[0]}
+    costs = {name: cost_of_use(of, config.latency, directory / "cost" / f"{name}.json") for name, of in used.items()}
+    judge(results, units, ledgers(config, planned, units, models["dense"][1], scored), costs)
     results.write()
     return results
 
 
-def make_plan(
-    config: Matched,
-    budget: float,
-    shapes: Mapping[str, tuple[nn.Module, ModelShape]],
-    students: Mapping[tuple[str, int], Student],
-    blocks: Mapping[tuple[Data, int], tuple[str, int]],
-    scored: Scored,
-) -> Plan:
-    """What every arm can afford: the dearest of its calibrations is charged, so that all seeds train alike."""
-    dense = shapes["dense"][1]
-    length = config.calibration.length or config.length
-    arms = []
+def check_parent(config: Matched, model: nn.Module, tokenizer: Any) -> None:
+    """Raises ConfigError for a parent that cannot be compared with."""
+    if tokenizer is None:
+        raise ConfigError("model: its folder holds no tokenizer: put tokenizer.json beside it")
+    end_of(tokenizer)
+    takes = context_length(model)
+    for name, length in (("length", config.length), ("calibration.length", config.calibration.length or 0)):
+        if length > takes:
+            raise ConfigError(f"{name}: {length} tokens a block, where the model takes {takes}: set {name}: {takes}")
+
+
+def admit(config: Matched, parent: Path, students: Students, blocks: Blocks, planned: Plan) -> None:
+    """Begin every kind of training and let it go again. Raises ConfigError for an arm that would fail when its turn
+    comes."""
+    seen = set()
     for design in config.designs:
-        model, shape = shapes["dense" if design.start == "dense" else "student"]
-        recovery = config.distill if design.taught else config.recover
-        fixed: dict[Any, float] = {}
-        if design.calibration:
-            passes = [s.passes for (way, _), s in students.items() if way == design.calibration]
-            fixed["importance"] = max(importance_cost(config.steps, p, dense, length) for p in passes)
-        if "curated" in (design.data, design.calibration):
-            fixed["scoring"] = scored.total
-        cost = recovery.cost(model, shapes["dense"][0])
-        if cost.measured:  # blocks that go forward before the training
-            before = cost.measured * config.length * shape.forward(config.length)
-            fixed["importance"] = fixed.get("importance", 0.0) + before
-        arms.append(
-            Arm(
-                design.name,
-                per_token(cost, shape, dense, config.length, recovery.batch * config.length),
-                fixed,
-                min(size for (data, _), (_, size) in blocks.items() if data == design.data),
-                "" if design.start == "dense" else shape.digest,
-                parent=design.start != "scratch" or design.taught,
-            )
-        )
-    return plan(budget, arms, config.length, scored.pool_tokens)  # a recovery ends with a step of fewer blocks
+        if (kind := (design.start, design.taught)) in seen:
+            continue
+        seen.add(kind)
+        start, given, schedule = begins(config, design, 0, students, parent, blocks)
+        setup, recovery = set_up(config, design, 0, start.folder, given, str(parent)), recovery_of(config, design, 0)
+        try:
+            check(setup, recovery, planned.tokens[design.name])
+            session = recovery.begin(setup)
+            if schedule:
+                schedule.start(setup, session)
+        except ConfigError as error:
+            raise ConfigError(f"arm {design.name}: {error}") from error
 
 
-def importance_cost(steps: Sequence[Any], passes: Mapping[str, int], dense: ModelShape, length: int) -> float:
-    """FLOPs of measuring and cutting, from the tokens that went through the model, at the dense model's rate.
-
-    Where Gram matrices are taken, so are their sums, factors and sweeps (evaluation.md, section 2).
-    """
-    parts = [part for s in steps if isinstance(s, Width) for part in (s.importance, s.compensation) if part]
-    forward, backward = passes.get("forward", 0), passes.get("backward", 0)
-    flops = forward * statistics(dense, length) + backward * gradients(dense, length)
-    if any(part.kind in GRAM for part in parts):
-        flops += forward * (hessian(dense, length) - layerwise(dense, length)) + hessian_solve(dense)
-    return flops
+def begins(
+    config: Matched, design: Design, seed: int, students: Students, parent: Path, blocks: Blocks
+) -> tuple[Student, str, Schedule | None]:
+    """An arm's start, where its blocks are, and what happens to it in training."""
+    if design.start == "dense":
+        start = Student(str(parent), folder_digest(parent))
+    elif design.name == CUT or (design.start == "scratch" and students.schedule):
+        start = students.ends[seed]
+    else:
+        start = students.starts[calibrated_on(design, config.steps), seed]
+    schedule = None if design.name == CUT else students.scheduled(design, config.seed + seed)
+    return start, blocks[design.start == "dense", design.data, seed][0], schedule
 
 
 def units_of(
     config: Matched,
     planned: Plan,
-    students: Mapping[tuple[str, int], Student],
+    students: Students,
     parent: Path,
-    blocks: Mapping[tuple[Data, int], tuple[str, int]],
+    blocks: Blocks,
     texts: Texts,
     suite: Suite,
     directory: Path,
@@ -193,24 +208,23 @@ def units_of(
     units = []
     for design in [*references, *config.designs]:
         for seed in range(1 if design.name == PARENT else config.seeds):
-            way = "chance" if design.start == "chance" else (design.calibration or "curated")
-            start = str(parent) if design.start == "dense" else students[way, seed].folder
-            path, size = blocks[design.data, seed]
+            start, path, schedule = begins(config, design, seed, students, parent, blocks)
             tokens = planned.tokens.get(design.name, 0)
             recovery = recovery_of(config, design, seed)
             made_of = (
-                folder_digest(Path(start)),
+                start.identity,
                 folder_digest(parent),
                 texts.fingerprint,
                 config.length,
-                size,
+                blocks[design.start == "dense", design.data, seed][1],
                 tokens,
+                schedule.identity() if schedule else "",
             )
             asked = (recovery.model_dump(mode="json"), suite.model_dump(mode="json"), design.name in config.keep)
             identity = fingerprint("arm", VERSION, design.start, *made_of, *asked)
             name = f"{design.name.replace(chr(39), '2')}-{seed}"
             result = Artifact(name, identity, Store(str(directory / name)))
-            units.append(Unit(design, seed, start, path, tokens, result))
+            units.append(Unit(design, seed, start.folder, path, schedule, tokens, result))
     return units
 
 
@@ -252,6 +266,23 @@ class ArmTask:
         return BuildTask(unit.result, partial(_train, self, unit))(None, attempt)
 
 
+def set_up(config: Matched, design: Design, seed: int, start: str, blocks: str, parent: str) -> Setup:
+    """A training's model, blocks, teacher, masks and vocabulary."""
+    model, _ = folder.load(Path(start))
+    if design.start == "scratch":
+        model = from_scratch(model, config.seed + seed)
+    own = design.start != "dense"  # a parent that Tamis made smaller has masks of its own, which are not the student's
+    masks = folder.masks(Path(start)) if own else {}
+    kept = read_json(Path(start) / "student.json").get("vocabulary") if own else None
+    return Setup(
+        model,
+        np.load(blocks, mmap_mode="r", allow_pickle=False),
+        folder.load(Path(parent))[0] if design.taught else None,
+        masks,
+        None if kept is None else np.array(kept, np.int64),
+    )
+
+
 def _train(task: ArmTask, unit: Unit, directory: Path) -> None:
     import torch
 
@@ -259,47 +290,72 @@ def _train(task: ArmTask, unit: Unit, directory: Path) -> None:
 
     torch.set_num_threads(threads.cpus())
     config, design = task.config, unit.design
-    dense, tokenizer = folder.load(Path(task.parent))
-    model, _ = folder.load(Path(unit.start))
-    if design.start == "scratch":
-        model = from_scratch(model, config.seed + unit.seed)
-    blocks = np.load(unit.blocks, mmap_mode="r", allow_pickle=False)
-    facts: dict[str, Any] = {"tokens": 0}
+    setup = set_up(config, design, unit.seed, unit.start, unit.blocks, task.parent)
+    model, masks = setup.student, dict(setup.masks)
+    (dense, spoken), (_, tokenizer) = folder.load(Path(task.parent)), folder.load(Path(unit.start))
+    assert spoken is not None  # the door saw to it
+    assert tokenizer is not None
+    facts: dict[str, Any] = {"tokens": 0, "spent": []}
     work: Path | None = None
+    place = Path(unit.start)
     if unit.tokens:
         work = Path(unit.result.store.path).parent.parent / "training" / unit.result.fingerprint
         recovery = recovery_of(config, design, unit.seed)
-        done = heal(model, recovery, blocks, unit.tokens, teacher=dense if design.taught else None, directory=work)
-        model = done.model
+        cost, shape, teacher = recovery.cost(model, dense), ModelShape.of(model), ModelShape.of(dense)
+        done = heal(
+            model,
+            recovery,
+            setup.blocks,
+            unit.tokens,
+            teacher=setup.teacher,
+            masks=masks,
+            vocabulary=setup.vocabulary,
+            directory=work,
+            callbacks=[unit.schedule] if unit.schedule else (),
+        )
+        model, masks = done.model, done.masks
+        for tokens, told in spans(done.tokens, done.shapes):
+            then = shape.resized(told) if told else shape
+            each = per_token(cost, then, teacher, config.length, recovery.batch * config.length)
+            facts["spent"].append([tokens, each])
         facts |= {"tokens": done.tokens}
         (directory / "metrics.jsonl").write_bytes(done.metrics.read_bytes())
-    if design.name in config.keep:
-        folder.save(model, tokenizer, directory / "model", {"arm": f"{design.name}: {design.about}", **facts})
-    values = measure_all(model, tokenizer, task.suite)
-    if domains := list(task.suite.domains):
+        place = directory / "model"
+        folder.save(model, tokenizer, place, {"arm": f"{design.name}: {design.about}", **facts}, masks)
+    values = measure_all(model, tokenizer, task.suite, place)
+    if (domains := list(task.suite.domains)) and tokenizer.get_vocab() == spoken.get_vocab():
         texts = task.suite.texts(POOL if POOL in domains else domains[0])
         values["kl"] = divergence(dense, model, tokenizer, texts)
     facts["measures"] = {n: {"axis": m.axis, "higher_is_better": m.higher_is_better} for n, m in values.items()}
     facts |= {"parameters": model.num_parameters(), "flops_per_token": ModelShape.of(model).forward(config.length)}
+    facts |= {"zeros": sum(int((~mask).sum()) for mask in masks.values()) / model.num_parameters()}
     np.savez(directory / "values.npz", **{n: m.values for n, m in values.items()})  # type: ignore[arg-type]  # keywords are arrays
     (directory / "result.json").write_text(json.dumps(facts, indent=2))
     if work:
         shutil.rmtree(work)  # its checkpoints were for the case that this process ends before here
+        if design.name not in config.keep:
+            shutil.rmtree(place)  # it was written for its size
 
 
-def speeds(models: Mapping[str, nn.Module], wanted: Latency) -> dict[str, dict[str, float]]:
-    """Median of every latency measure by model, with nothing else at work here."""
-    asked = (wanted.batches, wanted.prompt, wanted.repeats, wanted.threads)
-    return {
-        name: {m.name: m.quantile(0.5) for m in latency(model, *asked) if m.name != "peak_memory"}
-        for name, model in models.items()
-    }
+def cost_of_use(model: Student, wanted: Latency | None, note: Path) -> dict[str, float]:
+    """Speed and memory of a model, measured in a process of its own with nothing else at work here; once."""
+    if wanted is None:
+        return {}
+    identity = fingerprint("cost", VERSION, model.identity, wanted.model_dump(mode="json"), threads.cpus())
+    done = read_json(note)
+    if done.get("fingerprint") != identity:
+        asked = (wanted.batches, wanted.prompt, wanted.repeats, wanted.threads or threads.cpus())
+        done = {"fingerprint": identity, "medians": in_own_process(Path(model.folder), *asked)}
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(json.dumps(done, indent=2))
+    medians: dict[str, float] = done["medians"]
+    return medians
 
 
 def ledgers(
     config: Matched, planned: Plan, units: Sequence[Unit], dense: ModelShape, scored: Scored
 ) -> dict[str, Ledger]:
-    """What every arm spent: what was planned before training, and the tokens that it trained on."""
+    """What every arm spent: what was planned before training, and the tokens that it trained on, shape by shape."""
     found, pretrained = {}, config.parent_tokens or 0.0
     if config.parent_tokens is None and isinstance(config.model, Small):
         pretrained = config.model.steps * config.model.batch * config.model.shape.context
@@ -307,9 +363,13 @@ def ledgers(
         arm, ledger = line.arm, Ledger(line.arm.name, config.reuse)
         for kind, flops in arm.fixed.items():
             ledger.charge(kind, scored.pool_tokens if kind == "scoring" else 0, flops)
-        own = [u for u in units if u.design.name == arm.name]
-        tokens = float(np.mean([read_json(Path(u.result.store.path) / "result.json")["tokens"] for u in own]))
-        ledger.charge("training", tokens, tokens * arm.per_token)
+        own = [u.result for u in units if u.design.name == arm.name and u.result]
+        trained: dict[float, float] = {}
+        for result in own:
+            for tokens, each in read_json(Path(result.store.path) / "result.json")["spent"]:
+                trained[each] = trained.get(each, 0.0) + tokens / len(own)
+        for each, tokens in trained.items():
+            ledger.charge("training", tokens, tokens * each, f"{each:.6g} FLOPs a token")
         if arm.parent:
             ledger.charge("pretraining", pretrained, full(dense, config.length) * pretrained)
         found[arm.name] = ledger

@@ -1,6 +1,8 @@
 """What the arms of a comparison begin with: texts, the students that are cut, blocks of tokens.
 
 Read `gather` first: random rows are a curation of their own, and what is measured on is set apart from all of it.
+Where tokens go, they are counted in random rows, unless the step says where: then no arm speaks in a vocabulary that
+curation made.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +20,22 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.compare.arms import Data, by_chance, counts
+from pipeline.compare.arms import Data, Design, by_chance, counts, scheduled_by_chance
 from pipeline.compare.config import Matched
+from pipeline.compare.flops import ModelShape
 from pipeline.compare.measures.suite import Suite
 from pipeline.compare.proxy import read_by
+from pipeline.compare.trajectory import Moment, rehearse, retraced
 from pipeline.compress import folder
 from pipeline.compress.compression import shrink
 from pipeline.compress.data import Source, curated, pack_blocks, parquet, set_apart
 from pipeline.compress.place import read_json
+from pipeline.compress.recover.base import Setup
+from pipeline.compress.schedule.base import Schedule
+from pipeline.compress.steps._tokenizer import trimmed_fast
+from pipeline.compress.steps.sparse import Sparse
+from pipeline.compress.steps.stun import Stun
+from pipeline.compress.steps.vocab import Vocab
 from pipeline.config import Config, HandoffConfig, OutputConfig, parse
 from pipeline.corpus.storage import Store
 from pipeline.curation import curate
@@ -39,7 +49,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerFast
 
-VERSION = 1
+VERSION = 2
 DUPLICATES = ("exact_duplicates", "fuzzy_duplicates", "semantic_duplicates")
 """Scores that random rows pass as well, so that curation is not credited for deduplication."""
 DOMAIN_BYTES = 400_000
@@ -153,59 +163,158 @@ def suite_of(config: Matched, held_out: Mapping[str, pa.Array], directory: Path)
 
 @dataclass(frozen=True)
 class Student:
-    """A cut model on disk, and the tokens that were run to cut it."""
+    """A cut model on disk (the parent, where nothing is cut before training), what identifies it, and the tokens that
+    were run to cut it."""
 
     folder: str
-    passes: dict[str, int]
+    identity: str
+    passes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Students:
+    """What arms begin with, by what it is calibrated on (or `chance`) and seed; all of one shape.
+
+    `ends`: what they come to by seed, unhealed: themselves, but where a schedule cuts or masks while it trains. Then
+    its `moments`, and of each the `shapes` behind it and the tokens that were run to choose (`passes`).
+    """
+
+    starts: dict[tuple[str, int], Student]
+    ends: tuple[Student, ...]
+    schedule: Schedule | None = None
+    moments: tuple[Moment, ...] = ()
+    shapes: tuple[dict[str, Any], ...] = ()
+    passes: tuple[dict[str, int], ...] = ()
+
+    def scheduled(self, design: Design, seed: int) -> Schedule | None:
+        """What happens to an arm while it trains."""
+        if self.schedule is None or design.start not in ("cut", "chance"):
+            return None
+        return scheduled_by_chance(self.schedule, seed) if design.start == "chance" else self.schedule
+
+
+def calibrated_on(design: Design, steps: Sequence[Any]) -> str:
+    """Which of the students an arm begins with, or has its shape and masks from."""
+    if design.start == "chance":
+        return "chance"
+    masked = any(isinstance(step, Sparse | Stun) for step in steps)
+    return design.calibration or (design.data if masked and design.start == "scratch" else "curated")
+
+
+def make_students(
+    config: Matched, parent: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Texts, directory: Path
+) -> Students:
+    """Cut what the arms begin with, and rehearse what happens to it in training. Raises ConfigError."""
+    starts = cut_students(config, parent, model, tokenizer, texts, directory)
+    if not config.schedules:
+        return Students(starts, tuple(starts["curated", seed] for seed in range(config.seeds)))
+    schedule, ends = config.schedules[0], []
+    first: dict[str, Any] = {}
+    for seed in range(config.seeds):
+        start, place = Path(starts["curated", seed].folder), directory / f"end-{seed}"
+        made_of = (starts["curated", seed].identity, texts.fingerprint, config.length, config.recover.identity())
+        identity = fingerprint("end", VERSION, schedule.identity(), *made_of)
+        done = read_json(place / "student.json")
+        if done.get("fingerprint") != identity:
+            own, spoken = folder.load(start)
+            rows = max(config.recover.batch, getattr(schedule, "rows", 1))
+            blocks = pack_blocks(texts.curated, spoken, config.length, rows * config.length, config.seed + seed)
+            end = rehearse(schedule, config.recover, Setup(own, blocks))
+            folder.save(end.model, spoken, place, {"rehearsed": schedule.kind}, end.masks)
+            done = {"fingerprint": identity, "shapes": end.shapes, "passes": end.passes}
+            done |= {"moments": [m.model_dump() for m in end.moments]}
+            (place / "student.json").write_text(json.dumps(done, indent=2))
+        first = first or done
+        schedule = retraced(config.schedules[0], [Moment(**m) for m in first["moments"]])
+        ends.append(Student(str(place), identity))
+    moments = tuple(Moment(**m) for m in first["moments"])
+    return Students(starts, tuple(ends), schedule, moments, tuple(first["shapes"]), tuple(first["passes"]))
 
 
 def cut_students(
     config: Matched, parent: Path, model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Texts, directory: Path
 ) -> dict[tuple[str, int], Student]:
-    """Every student that the arms begin with, by what it is calibrated on (or `chance`) and seed; all of one shape.
-
-    The shape is that of the first curated calibration; the others get its counts.
-    """
-    needed = {("chance" if d.start == "chance" else str(d.calibration)) for d in config.designs if d.start != "dense"}
+    """Every student that the arms begin with. The shape is that of the first curated calibration; the others get its
+    counts. Raises ConfigError where theirs differ nonetheless."""
+    needed = {calibrated_on(d, config.steps) for d in config.designs if d.start != "dense"}
     ways = [w for w in ("curated", "random", "chance") if w == "curated" or w in needed]
     length = config.calibration.length or config.length
+    asked: Sequence[Any] = counting(config, texts, directory)
+    steps, shape = asked, ""
     found: dict[tuple[str, int], Student] = {}
-    steps: Sequence[Any] = config.steps
     for way in ways:
         for seed in range(config.seeds):
+            if not steps:
+                found[way, seed] = Student(str(parent), folder_digest(parent))
+                continue
             own = by_chance(steps, config.seed + seed) if way == "chance" else steps
             place = directory / f"{way}-{seed}"
             data: Data = "random" if way == "random" else "curated"
-            asked = [s.model_dump(mode="json") for s in own]
+            described = [s.model_dump(mode="json") for s in own]
             calibration = config.calibration.model_dump(mode="json")
             made_of = (folder_digest(parent), texts.fingerprint)
-            identity = fingerprint("student", VERSION, asked, calibration, length, *made_of)
+            identity = fingerprint("student", VERSION, described, calibration, length, *made_of)
             done = read_json(place / "student.json")
             if done.get("fingerprint") != identity:
                 wanted, drawn = config.calibration, texts.of(data, seed)
                 blocks = pack_blocks(drawn, tokenizer, length, wanted.rows * length, wanted.seed + seed)
                 smaller = shrink(copy.deepcopy(model), own, blocks, config.calibration.batch)
-                if smaller.masks or smaller.vocabulary is not None:
-                    counts(own[0], {})  # says why such a step cannot be matched
-                folder.save(smaller.model, tokenizer, place, {"steps": smaller.steps})
+                spoken, kept = tokenizer, smaller.vocabulary
+                if kept is not None:
+                    spoken = trimmed_fast(tokenizer, kept)
+                folder.save(smaller.model, spoken, place, {"steps": smaller.steps}, smaller.masks)
                 done = {"fingerprint": identity, "passes": dict(smaller.passes), "steps": smaller.steps}
+                done |= {"shape": ModelShape.of(smaller.model).digest}
+                done |= {"vocabulary": kept.tolist()} if kept is not None else {}
                 (place / "student.json").write_text(json.dumps(done, indent=2))
             if not found:
-                steps = [counts(s, r) for s, r in zip(config.steps, done["steps"], strict=True)]
-            found[way, seed] = Student(str(place), done["passes"])
+                steps, shape = [counts(s, r) for s, r in zip(asked, done["steps"], strict=True)], done["shape"]
+            if done["shape"] != shape:
+                raise ConfigError(
+                    f"steps: the student that is calibrated on {way} data, seed {seed}, has another shape than the "
+                    "first: what goes depends on the data; name steps of one kind, or in another order"
+                )
+            found[way, seed] = Student(str(place), identity, done["passes"])
     return found
 
 
-def write_blocks(
-    config: Matched, tokenizer: PreTrainedTokenizerFast, texts: Texts, tokens: int, directory: Path
-) -> dict[tuple[Data, int], tuple[str, int]]:
-    """Blocks of each data and seed as .npy, with how many tokens they hold: at most `tokens`, in an order a seed."""
+def counting(config: Matched, texts: Texts, directory: Path) -> list[Any]:
+    """The steps, of which one for the vocabulary counts tokens in random rows that are trained on, unless it says
+    where."""
+    if not any(isinstance(s, Vocab) and s.corpus is None for s in config.steps):
+        return list(config.steps)
     directory.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[Data, int], tuple[str, int]] = {}
+    path = directory / "counted.parquet"
+    pq.write_table(pa.table({"text": texts.random[0]}), path)
+    here = {"corpus": [str(path)], "text": "text"}
+    return [s.model_copy(update=here) if isinstance(s, Vocab) and s.corpus is None else s for s in config.steps]
+
+
+Blocks = Mapping[tuple[bool, Data, int], tuple[str, int]]
+"""Where blocks are and how many tokens they hold, by whether they are the parent's tokens, data and seed."""
+
+
+def write_blocks(
+    config: Matched,
+    tokenizers: Mapping[bool, PreTrainedTokenizerFast],
+    texts: Texts,
+    tokens: int,
+    directory: Path,
+) -> Blocks:
+    """Blocks as .npy, in the parent's tokens (True) and in the student's where they are others: at most `tokens`, in an
+    order a seed."""
+    directory.mkdir(parents=True, exist_ok=True)
+    found: dict[tuple[bool, Data, int], tuple[str, int]] = {}
+    same = tokenizers[True].get_vocab() == tokenizers[False].get_vocab()
     for data in ("curated", "random"):
         for seed in range(config.seeds):
-            blocks = pack_blocks(texts.of(data, seed), tokenizer, config.length, tokens, config.seed + seed)
-            path = directory / f"{data}-{seed}.npy"
-            np.save(path, blocks, allow_pickle=False)
-            found[data, seed] = (str(path), blocks.size)
+            for dense in (True, False):
+                if same and not dense:
+                    found[False, data, seed] = found[True, data, seed]
+                    continue
+                of = texts.of(data, seed)
+                blocks = pack_blocks(of, tokenizers[dense], config.length, tokens, config.seed + seed)
+                path = directory / f"{data}-{seed}{'' if dense else '-trimmed'}.npy"
+                np.save(path, blocks, allow_pickle=False)
+                found[dense, data, seed] = (str(path), blocks.size)
     return found

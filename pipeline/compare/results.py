@@ -20,6 +20,7 @@ from pipeline.compare.arms import CUT, DESIGNS, EFFECTS, PARENT
 from pipeline.compare.ledger import Ledger, Plan, markdown, table
 from pipeline.compare.statistics import Estimate, flips, holm, interaction, over_items, over_runs
 from pipeline.corpus.storage import Store
+from pipeline.report.format import count, number, short
 
 if TYPE_CHECKING:
     from pipeline.compare.matched import Unit
@@ -80,18 +81,28 @@ class Effect:
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One arm: its measures, how far it is from the parent (`kl`, nats a token), items that it gained and lost against
-    the parent by measure, and the mean training loss by share of its tokens."""
+    """One arm: its measures, how far it is from the parent (`kl`, nats a token; None where it speaks in other tokens),
+    items that it gained and lost against the parent by measure, and the mean training loss by share of its tokens.
+
+    `zeros`: share of the parameters that masks hold at 0. `cost`: of use, by measure: tokens/s of prefill, ms a token
+    of decoding, peak memory and file size in MB.
+    """
 
     name: str
     about: str
     measures: dict[str, Measure]
-    kl: float
+    kl: float | None
     changed: dict[str, tuple[float, float]]
     curve: list[tuple[float, float]]
     flops_per_token: float
     parameters: int
-    latency: dict[str, float]
+    zeros: float
+    cost: dict[str, float]
+
+    @property
+    def distance(self) -> str:
+        """`kl` as text."""
+        return "" if self.kl is None else f"{self.kl:.4f}"
 
 
 @dataclass
@@ -117,14 +128,18 @@ class Results:
         """The tables: an axis each, never one mean over them."""
         axes = dict.fromkeys(axis for _, axis, _ in self.measures())
         parts = [f"**{axis.capitalize()}**\n\n{markdown(*self.measured(axis))}" for axis in axes]
-        parts += [markdown(*self.told()), markdown(*self.churned()), table(list(self.ledgers.values()))]
+        parts += [f"**Cost of use**\n\n{markdown(*self.used())}", markdown(*self.told()), markdown(*self.churned())]
+        parts.append(table(list(self.ledgers.values())))
         return "\n\n".join([*(f"**Invalid**: {line}" for line in self.invalid), *parts]) + "\n"
 
     def measured(self, axis: str) -> tuple[list[str], list[list[str]]]:
         """Heads and lines: mean and standard deviation over seeds of the measures of an axis, an arm each."""
         names = [(name, up) for name, of, up in self.measures() if of == axis]
         heads = ["arm", "", *(f"{name} {'↑' if up else '↓'}" for name, up in names)]
-        lines = [[a.name, a.about, *(_mean(a.measures[name]) for name, _ in names)] for a in self.arms.values()]
+        lines = [
+            [a.name, a.about, *(_mean(a.measures[n]) if n in a.measures else "" for n, _ in names)]
+            for a in self.arms.values()
+        ]
         return heads, lines
 
     def language(self) -> tuple[list[str], list[list[str]]]:
@@ -133,7 +148,20 @@ class Results:
         lines = []
         for arm in self.arms.values():
             told = [_mean(arm.measures[name]) if name in arm.measures else "" for name in HEADLINE]
-            lines.append([arm.name, arm.about, *told, f"{arm.kl:.4f}"])
+            lines.append([arm.name, arm.about, *told, arm.distance])
+        return heads, lines
+
+    def used(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and lines: what every arm takes to store and to run, and what of it is 0, which saves none of that."""
+        names = list(dict.fromkeys(name for arm in self.arms.values() for name in arm.cost))
+        units = {"prefill": "tokens/s", "decode": "ms a token", "peak_memory": "MB", "file_size": "MB"}
+        heads = ["arm", "", "parameters", "of them 0", "FLOPs a token"]
+        heads += [f"{name}, {units[name.partition('@')[0]]}" for name in names]
+        lines = []
+        for arm in self.arms.values():
+            cost = [number(arm.cost[name]) if name in arm.cost else "" for name in names]
+            zeros = f"{100 * arm.zeros:.1f} %" if arm.zeros else ""
+            lines.append([arm.name, arm.about, count(arm.parameters), zeros, short(arm.flops_per_token), *cost])
         return heads, lines
 
     def measures(self) -> list[tuple[str, str, bool]]:
@@ -161,7 +189,7 @@ class Results:
         lines = []
         for arm in self.arms.values():
             own = [arm.changed.get(name) for name in names]
-            lines.append([arm.name, f"{arm.kl:.4f}", *("" if c is None else f"{c[0]:.1f} / {c[1]:.1f}" for c in own)])
+            lines.append([arm.name, arm.distance, *("" if c is None else f"{c[0]:.1f} / {c[1]:.1f}" for c in own)])
         return heads, lines
 
     def as_json(self) -> dict[str, Any]:
@@ -187,23 +215,22 @@ class Results:
 
 
 def judge(
-    results: Results, units: Sequence[Unit], ledgers: Mapping[str, Ledger], speeds: Mapping[str, dict[str, float]]
+    results: Results, units: Sequence[Unit], ledgers: Mapping[str, Ledger], costs: Mapping[str, dict[str, float]]
 ) -> None:
-    """Fill in what the trainings left on disk, and what follows from it. `speeds`: of `dense` and `student`."""
+    """Fill in what the trainings left on disk, and what follows from it. `costs`: speed and memory of `dense` and of
+    `student`, the one shape of all others."""
     by_arm: dict[str, list[Unit]] = {}
     for unit in units:
         by_arm.setdefault(unit.design.name, []).append(unit)
     for name, own in by_arm.items():
         dense = own[0].design.start == "dense"
-        results.arms[name] = _arm(name, own, results.arms.get(PARENT), speeds.get("dense" if dense else "student", {}))
+        results.arms[name] = _arm(name, own, results.arms.get(PARENT), costs["dense" if dense else "student"])
     results.ledgers = dict(ledgers)
     results.invalid = [why for ledger in ledgers.values() if (why := ledger.invalid(results.budget))]
     for name, axis, up in results.measures():
-        if axis == "cost":
-            continue
         found = []
         for about, (arm, over) in EFFECTS.items():
-            if arm in results.arms and over in results.arms:
+            if all(n in results.arms and name in results.arms[n].measures for n in (arm, over)):
                 a, b = (results.arms[n].measures[name].values * (1 if up else -1) for n in (arm, over))
                 found.append((about, arm, over, over_items(a, b), over_runs((a - b).mean(axis=1))))
         adjusted = holm([runs.p for *_, runs in found])
@@ -211,13 +238,13 @@ def judge(
             Effect(about, arm, over, name, axis, items, runs, float(p))
             for (about, arm, over, items, runs), p in zip(found, adjusted, strict=True)
         ]
-        if axis == "language" and {"C", "B", "F", "E"} <= results.arms.keys():
+        if axis == "language" and all(n in results.arms and name in results.arms[n].measures for n in "CBFE"):
             c, b, f, e = (results.arms[n].measures[name].values * (1 if up else -1) for n in "CBFE")
             runs = over_runs(((c - b) - (f - e)).mean(axis=1))
             results.interactions[name] = (interaction(c, b, f, e), runs)
 
 
-def _arm(name: str, units: Sequence[Unit], parent: ArmResult | None, speed: dict[str, float]) -> ArmResult:
+def _arm(name: str, units: Sequence[Unit], parent: ArmResult | None, cost: dict[str, float]) -> ArmResult:
     folders = [Path(u.result.store.path) for u in sorted(units, key=lambda u: u.seed)]
     facts = [json.loads((f / "result.json").read_text()) for f in folders]
     measures = {}
@@ -227,6 +254,8 @@ def _arm(name: str, units: Sequence[Unit], parent: ArmResult | None, speed: dict
             with np.load(place / "values.npz", allow_pickle=False) as arrays:
                 values.append(arrays[measure])
         measures[measure] = Measure(measure, about["axis"], about["higher_is_better"], np.stack(values))
+    cost = cost | {n: float(np.median(m.values)) for n, m in measures.items() if m.axis == "cost"}
+    measures = {n: m for n, m in measures.items() if m.axis != "cost"}
     changed = {}
     for measure, own in measures.items():
         if parent and own.graded and parent.measures[measure].graded:
@@ -237,12 +266,13 @@ def _arm(name: str, units: Sequence[Unit], parent: ArmResult | None, speed: dict
         name,
         about,
         measures,
-        measures["kl"].mean if "kl" in measures else 0.0,
+        measures["kl"].mean if "kl" in measures else None,
         changed,
         _curve([f / "metrics.jsonl" for f in folders]),
         facts[0]["flops_per_token"],
         facts[0]["parameters"],
-        speed,
+        float(np.mean([f["zeros"] for f in facts])),
+        cost,
     )
 
 

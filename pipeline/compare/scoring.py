@@ -22,7 +22,7 @@ from pipeline.corpus.storage import Store
 from pipeline.errors import ConfigError
 from pipeline.models.files import is_hub
 
-PASSES = {"less": 3, "tracin": 3, "trak": 3, "dealrec": 3}
+PASSES = {"less": 3, "tracin": 3, "trak": 3, "dealrec": 3, "dealrec_sequences": 3}
 """Forward passes' worth of what a criterion does with each of its models a token: these take gradients."""
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gpt2")
 

@@ -147,14 +147,16 @@ def worth_of(gain: float, gain_of_longer: float) -> float | None:
     return float(LONGER ** min(1.0, gain / gain_of_longer))
 
 
-HEADS = ("criterion", "budget", "target loss", "to random", "mix loss", "to random", "cost", "verdict")
+def heads(measure: str) -> tuple[str, ...]:
+    """Heads of the table; `measure` is what the numbers are, lower being better."""
+    return ("criterion", "budget", f"target {measure}", "to random", f"mix {measure}", "to random", "cost", "verdict")
 
 
 def cells(line: Line) -> tuple[str, ...]:
-    """A line as text, under `HEADS`."""
+    """A line as text, under `heads`."""
 
     def signed(value: Interval | None) -> str:
-        return "" if value is None or line.arm == RANDOM else f"{value.mean:+.4f} ± {value.half:.4f}"
+        return "" if value is None or line.verdict == "baseline" else f"{value.mean:+.4f} ± {value.half:.4f}"
 
     return (
         line.arm,
@@ -168,15 +170,15 @@ def cells(line: Line) -> tuple[str, ...]:
     )
 
 
-def table(lines: Sequence[Line]) -> str:
+def table(lines: Sequence[Line], measure: str) -> str:
     """A table in Markdown, a line an arm."""
-    rows = [HEADS, ("---",) * len(HEADS), *map(cells, lines)]
+    rows = [heads(measure), ("---",) * len(heads(measure)), *map(cells, lines)]
     return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |" for row in rows)
 
 
-def markdown(lines: Sequence[Line], setting: str) -> str:
+def markdown(lines: Sequence[Line], setting: str, measure: str = "loss") -> str:
     """The table as a page, below what was run."""
-    return f"# Which criterion earns its cost\n\n{setting}\n\n{table(lines)}\n"
+    return f"# Which criterion earns its cost\n\n{setting}\n\n{table(lines, measure)}\n"
 
 
 def print_comparison(done: Compared) -> None:
@@ -184,7 +186,7 @@ def print_comparison(done: Compared) -> None:
     out = console()
     out.print(text(done.setting))
     out.print()
-    print_table(out, HEADS, map(cells, done.lines), "lnnnnnnt")
+    print_table(out, heads(done.measure), map(cells, done.lines), "lnnnnnnt")
     out.print()
     out.print(text(f"Table    {done.markdown}"))
     out.print(text(f"Numbers  {done.json}"))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from pipeline.compare.ledger import READINGS
 from pipeline.corpus.storage import Store
 from pipeline.report.charts import curves, scatter
-from pipeline.report.format import count, number, short
+from pipeline.report.format import count
 from pipeline.report.html import Html, el
 from pipeline.report.parts import document, note, section, table, tile
 
@@ -21,11 +21,12 @@ def write_page(results: Results) -> None:
     """index.html beside the other results."""
     body = [
         _header(results),
-        section("arms", "Arms", _arms(results)),
+        section("arms", "Arms", *_arms(results)),
         *(section(f"axis-{axis}", axis.capitalize(), *_axis(results, axis)) for axis in _axes(results)),
         section("effects", "What made the difference", *_effects(results)),
         section("curves", "Learning curves", *_curves(results)),
-        section("pareto", "Loss against cost of use", *_pareto(results)),
+        section("cost", "Cost of use", *_cost(results)),
+        section("pareto", "Loss against FLOPs of use", _pareto(results)),
         section("ledger", "Ledger", *_ledger(results)),
     ]
     page = document("Compressed and healed: Tamis", body)
@@ -52,14 +53,14 @@ def _header(results: Results) -> Html:
     )
 
 
-def _arms(results: Results) -> Html:
-    tokens = results.plan.tokens
-    lines = [
-        [a.name, a.about, count(a.parameters), short(a.flops_per_token), count(tokens.get(a.name, 0)), f"{a.kl:.4f}"]
-        for a in results.arms.values()
-    ]
-    heads = ["arm", "", "parameters", "FLOPs a token", "tokens trained", "KL from the parent"]
-    return table(heads, lines, "lpnnnn")
+def _arms(results: Results) -> list[Html]:
+    planned = {line.arm.name: line for line in results.plan.lines}
+    lines = []
+    for arm in results.arms.values():
+        line = planned.get(arm.name)
+        told = ["", ""] if line is None else [count(line.tokens), "; ".join(line.warnings)]
+        lines.append([arm.name, arm.about, arm.distance, *told])
+    return [table(["arm", "", "KL from the parent", "tokens trained", ""], lines, "lpnnp")]
 
 
 def _axis(results: Results, axis: str) -> list[Html]:
@@ -67,7 +68,7 @@ def _axis(results: Results, axis: str) -> list[Html]:
     parts = []
     for name, up in names:
         lines = []
-        for arm in results.arms.values():
+        for arm in (a for a in results.arms.values() if name in a.measures):
             measure = arm.measures[name]
             gained = arm.changed.get(name)
             lines.append(
@@ -99,18 +100,23 @@ def _curves(results: Results) -> list[Html]:
     return [note(told), curves(drawn, "share of the budget", "loss")]
 
 
-def _pareto(results: Results) -> list[Html]:
+def _cost(results: Results) -> list[Html]:
+    told = (
+        "Speed and memory are those of the arm's shape, medians, each in a process of its own; the size is that of its "
+        "safetensors as saved. FLOPs and speed are those of dense matrices: zeros save neither."
+    )
+    heads, lines = results.used()
+    return [note(told), table(heads, lines, "lp" + "n" * (len(heads) - 2))]
+
+
+def _pareto(results: Results) -> Html:
     found = []
     for name, axis, up in results.measures():
         if axis == "language" and not up:
-            points = {a.name: (a.flops_per_token, a.measures[name].mean) for a in results.arms.values()}
+            arms = (a for a in results.arms.values() if name in a.measures)
+            points = {a.name: (a.flops_per_token, a.measures[name].mean) for a in arms}
             found.append(el("div", el("h3", name), scatter(points, "forward FLOPs a token", name), class_="card"))
-    measured = [a for a in results.arms.values() if a.latency]
-    if measured:
-        keys = list(measured[0].latency)
-        lines = [[a.name, *(number(a.latency[k]) for k in keys)] for a in measured]
-        found.append(table(["arm", *keys], lines, "l" + "n" * len(keys)))
-    return [el("div", found[:-1] if measured else found, class_="charts"), *(found[-1:] if measured else [])]
+    return el("div", found, class_="charts")
 
 
 def _ledger(results: Results) -> list[Html]:

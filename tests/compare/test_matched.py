@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +15,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from typer.testing import CliRunner
 
 pytest.importorskip("torch")
 
+from pipeline.cli import app
 from pipeline.compare import matched
 from pipeline.compare.arms import DESIGNS, by_chance, counts, from_scratch
 from pipeline.compare.config import Matched
 from pipeline.compare.flops import ModelShape, hessian, hessian_solve, layerwise, statistics
-from pipeline.compare.matched import compare_matched, importance_cost
+from pipeline.compare.matched import compare_matched
 from pipeline.compare.material import gather, sieve_of
+from pipeline.compare.planning import importance_cost
 from pipeline.compare.results import Results
 from pipeline.compress import folder
 from pipeline.config import parse, parse_as
 from pipeline.curation import curate
 from pipeline.errors import ConfigError
-from tests.tiny_lm import sentences
+from pipeline.models.training import Shape
+from tests.tiny_lm import sentences, trained
 from tests.tiny_run import make_run
 
+ROOT = Path(__file__).parents[2]
 SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "vocab": 300, "context": 32}
 SMALL = {"kind": "full", "lr": 1e-3, "batch": 4}
 
@@ -37,8 +47,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_run(tmp_path_factory.mktemp("tiny_run"))
 
 
-def configured(run: str, directory: Path, **changes: Any) -> Matched:
-    base = {
+def described(run: str, directory: Path, **changes: Any) -> dict[str, Any]:
+    return {
         "model": {
             "train_on": str(Path(run).parent / "corpus.parquet"), "shape": SHAPE, "steps": 100, "batch": 8, "lr": 5e-3,
         },
@@ -55,8 +65,11 @@ def configured(run: str, directory: Path, **changes: Any) -> Matched:
         "latency": {"repeats": 1, "batches": [1], "prompt": 8},
         "engine": {"address": "inline"},
         "run": str(directory),
-    }  # fmt: skip
-    return parse_as(Matched, base | changes)
+    } | changes  # fmt: skip
+
+
+def configured(run: str, directory: Path, **changes: Any) -> Matched:
+    return parse_as(Matched, described(run, directory, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +99,28 @@ def test_what_comes_before_training_comes_off_its_tokens(done) -> None:
     assert "scoring" not in charged["B"]
     assert {"importance", "scoring"} <= charged["C"]
     assert "importance" not in charged["R"]
+
+
+def test_what_every_arm_takes_to_store_and_to_run(done) -> None:
+    config, results, _ = done
+    page, kept = Path(results.page).read_text(), Path(config.run) / "arms" / "C-0" / "model"
+    told = json.loads((Path(config.run) / "compare" / "matched.json").read_text())
+    for name, arm in results.arms.items():
+        assert set(arm.cost) == {"prefill@1", "decode@1", "peak_memory", "file_size"}
+        assert min(arm.cost.values()) > 0
+        assert told["arms"][name]["cost"] == arm.cost
+        assert not arm.zeros
+    size = sum(f.stat().st_size for f in kept.glob("*.safetensors")) / 1e6
+    assert results.arms["C"].cost["file_size"] == pytest.approx(size)
+    assert (
+        results.arms["C"].cost["file_size"] == results.arms["E"].cost["file_size"] < results.arms["A"].cost["file_size"]
+    )
+    heads, lines = results.used()
+    assert heads[5:] == ["prefill@1, tokens/s", "decode@1, ms a token", "peak_memory, MB", "file_size, MB"]
+    for line in lines:
+        cells = "".join(f'<td class="n">{cell}</td>' for cell in line[5:])
+        assert cells in page
+    assert not (Path(config.run) / "arms" / "B-0" / "model").exists()  # it was there for its size
 
 
 def test_students_have_one_shape_whatever_they_were_calibrated_on(done) -> None:
@@ -167,7 +202,11 @@ def test_only_the_plan(tiny_run: str, tmp_path: Path) -> None:
     ("change", "told"),
     [
         ({"tokens": 320}, "more than 1 %|exceed the budget"),
-        ({"steps": [{"method": "wanda", "ratio": 0.5}]}, "masks save none"),
+        ({"length": 64}, "length: 64 tokens a block, where the model takes 32"),
+        (
+            {"steps": [{"method": "wanda", "ratio": 0.5}], "recover": {"kind": "perp"}, "arms": ["A", "B"]},
+            "arm A: recover: perp: masklora corrects sparse matrices",
+        ),
         ({"curated": "nowhere"}, "tamis curate"),
     ],
 )
@@ -186,6 +225,12 @@ def test_what_cannot_be_matched_is_refused_before_training(
         ({"flops": 1e9}, "name the budget once"),
         ({"calibration": {"by": "length"}}, "draws rows at random"),
         ({"distill": SMALL}, "learns from no teacher"),
+        ({"recover": SMALL | {"kind": "distill"}}, "which is what arm D is: name `distill`"),
+        ({"seeds": 1}, "seeds"),
+        ({"steps": []}, "nothing makes the student smaller"),
+        ({"schedules": [{"kind": "soft_shrinkage", "ratio": 0.5}]}, r"leave them out: arms: \[A, A', B, C, Cr, D\]"),
+        ({"model": "./nowhere"}, "there is no folder './nowhere'"),
+        ({"model": "hf://name"}, "is written hf://org/name"),
     ],
 )
 def test_mistakes_are_told_at_the_door(tiny_run: str, tmp_path: Path, change: Any, told: str) -> None:
@@ -196,7 +241,7 @@ def test_mistakes_are_told_at_the_door(tiny_run: str, tmp_path: Path, change: An
 def test_from_scratch_is_new_and_of_the_seed(tiny_run: str) -> None:
     import torch
 
-    from pipeline.models.training import Shape, new_lm
+    from pipeline.models.training import new_lm
 
     model = new_lm(Shape(**SHAPE), 0)
     first, same, other = (from_scratch(model, seed) for seed in (1, 1, 2))
@@ -238,7 +283,7 @@ def test_random_rows_are_deduplicated_where_the_curated_ones_were(tmp_path: Path
 
 def test_gram_matrices_and_what_a_recovery_measures_are_charged(tiny_run: str) -> None:
     from pipeline.compress.steps.width import Width
-    from pipeline.models.training import Shape, new_lm
+    from pipeline.models.training import new_lm
 
     shape, passes = ModelShape.of(new_lm(Shape(**SHAPE), 0)), {"forward": 1000}
     plain = importance_cost([Width(ratio=0.5, importance="wifv")], passes, shape, 32)
@@ -264,3 +309,134 @@ def test_counts_fix_a_shape_and_chance_keeps_it() -> None:
     chance = by_chance([fixed], 3)[0]
     assert (chance.importance.kind, chance.importance.seed) == ("random", 3)
     assert chance.allocation == fixed.allocation
+
+
+# What cuts or masks while it trains, what trims a vocabulary: the same run directory, where random rows are drawn once.
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ways")
+
+
+def compared(run: str, directory: Path, **changes: Any) -> Results:
+    small = {"tokens": 3840, "evaluate": {"items": 4, "made": ["retrieval"], "max_chars": 100}, "latency": None}
+    return compare_matched(configured(run, directory, **small | changes), quiet=True)
+
+
+def check_spending(results: Results) -> None:
+    for line in results.plan.lines:
+        ledger = results.ledgers[line.arm.name]
+        assert ledger.spent() == pytest.approx(line.spent, rel=1e-12)  # what was planned is what was spent
+        assert ledger.spent() == pytest.approx(results.budget, rel=0.01)
+        assert ledger.tokens == pytest.approx(line.tokens)
+    assert not results.invalid
+
+
+def test_a_model_that_is_cut_while_it_trains_pays_for_every_shape(tiny_run: str, directory: Path) -> None:
+    step = {"kind": "width", "ratio": 0.5, "importance": "taylor", "allocation": {"kind": "adapt", "amplitude": 0.1}}
+    schedule = {"kind": "adapt_pruner", "step": step, "rounds": 4, "rows": 4}
+    results = compared(tiny_run, directory, steps=[], schedules=[schedule], arms=["B", "E", "R"], keep=["B", "E", "R"])
+    check_spending(results)
+    kept = [folder.load(p / "model")[0] for p in sorted(directory.glob("arms/[BER]-?"))]
+    assert len(kept) == 6
+    assert len({ModelShape.of(model).digest for model in kept}) == 1
+    arms = {line.arm.name: line for line in results.plan.lines}
+    assert arms["R"].tokens > arms["B"].tokens  # what Taylor measures comes off
+    assert arms["E"].tokens > arms["R"].tokens  # and the larger shapes on the way
+    charged = [c for c in results.ledgers["B"].charges if c.kind == "training"]
+    assert len(charged) == 4  # a shape each, the first cut before the first step
+    lines = [json.loads(line) for line in (directory / "arms" / "B-0" / "metrics.jsonl").read_text().splitlines()]
+    cuts = [(line["tokens"], line["shapes"]) for line in lines if "shapes" in line] + [(lines[-1]["tokens"], {})]
+    by_hand = 0.0
+    for (begin, shapes), (end, _) in pairwise(cuts):
+        layers = shapes["layers"].values()
+        heads = sum(layer["num_attention_heads"] + layer["num_key_value_heads"] for layer in layers)
+        matrices = 32 * (8 * 2 * heads + 3 * sum(layer["intermediate_size"] for layer in layers) + 300)
+        attention = 4 * 32 * 8 * sum(layer["num_attention_heads"] for layer in layers)
+        by_hand += (end - begin) * 3 * (2 * matrices + attention)
+    assert sum(c.flops for c in charged) == pytest.approx(by_hand, rel=1e-12)
+    cut = results.arms["cut"]
+    assert cut.parameters == results.arms["B"].parameters < results.arms["parent"].parameters
+    assert cut.measures["bits_per_byte.pool"].mean > results.arms["B"].measures["bits_per_byte.pool"].mean
+
+
+def test_masks_that_grow_are_charged_as_dense(tiny_run: str, directory: Path) -> None:
+    schedule = {"kind": "gradual_magnitude", "ratio": 0.5, "events": 4}
+    results = compared(tiny_run, directory, steps=[], schedules=[schedule], arms=["A", "B"], keep=["B"])
+    check_spending(results)
+    a, b = results.plan.lines
+    assert a.tokens == b.tokens  # B costs what the dense model does
+    assert b.warnings == ("masks save no FLOPs: charged as dense",)
+    assert "masks save no FLOPs" in Path(results.page).read_text()
+    assert results.arms["B"].zeros == results.arms["cut"].zeros > 0.3
+    assert results.arms["A"].zeros == results.arms["parent"].zeros == 0
+    place = directory / "arms" / "B-0" / "model"
+    model, masks = folder.load(place)[0], folder.masks(place)
+    assert masks
+    for name, mask in masks.items():
+        assert not model.get_parameter(name)[~mask].any()
+
+
+def test_a_trimmed_vocabulary_and_masks_that_were_there_before(tiny_run: str, directory: Path) -> None:
+    steps = [{"kind": "vocab", "coverage": 0.8}, {"method": "wanda", "ratio": 0.5}]
+    arms = ["A", "B", "D", "E", "R"]
+    results = compared(tiny_run, directory, steps=steps, arms=arms, keep=["B", "E", "R"])
+    check_spending(results)
+    kept = {name: directory / "arms" / f"{name}-0" / "model" for name in ("B", "E", "R")}
+    dense = folder.load(next(directory.glob("parent/*")))
+    models = {name: folder.load(place) for name, place in kept.items()}
+    (_, whole), sizes = dense, {len(tokenizer) for _, tokenizer in models.values()}
+    assert len(sizes) == 1
+    assert sizes < {len(whole)} or max(sizes) < len(whole)
+    assert ModelShape.of(models["B"][0]).forward(32) < ModelShape.of(dense[0]).forward(32)
+    masks = {name: folder.masks(place) for name, place in kept.items()}
+    assert all(masks["B"][name].equal(mask) for name, mask in masks["E"].items())  # the same mask, other weights
+    assert {n: int(m.sum()) for n, m in masks["R"].items()} == {n: int(m.sum()) for n, m in masks["B"].items()}
+    assert not all(masks["B"][name].equal(mask) for name, mask in masks["R"].items())
+    assert results.ledgers["E"].spent("full") > results.ledgers["E"].spent()  # its mask comes from the parent
+    assert {c.kind for c in results.ledgers["E"].charges} == {"importance", "training", "pretraining"}
+    assert results.arms["B"].kl is None  # other tokens; bytes compare
+    assert results.arms["A"].kl is not None
+    language = {name: arm.measures["bits_per_byte.pool"].mean for name, arm in results.arms.items()}
+    assert language["B"] < language["R"] < language["E"]
+    counted = pq.read_table(directory / "students" / "counted.parquet")["text"]
+    held = pq.read_table(directory / "held_out" / "00.parquet")["text"].to_pylist()
+    assert not set(counted.to_pylist()) & set(held)
+
+
+def test_own_parent_chosen_arms_and_seeds_from_the_command_line(tiny_run: str, tmp_path: Path) -> None:
+    parent = trained(tmp_path / "parent", sentences(200), Shape(**SHAPE))
+    own = {"model": str(parent), "arms": ["B", "C"], "keep": ["C"], "latency": None, "tokens": 3840}
+    asked = described(tiny_run, tmp_path / "out", **own) | {"evaluate": {"items": 4, "made": ["retrieval"]}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(asked))
+    done = CliRunner().invoke(app, ["compare", str(tmp_path / "c.yaml"), "--set", "seeds=3", "--quiet"])
+    assert done.exit_code == 0, done.output
+    assert re.search(r"^B +cut, random data", done.output, re.MULTILINE)
+    assert not re.search(r"^[ADEFR] ", done.output, re.MULTILINE)
+    assert "data, cut (C - B)" in done.output
+    assert "interaction" not in done.output
+    found = json.loads((tmp_path / "out" / "compare" / "matched.json").read_text())
+    assert list(found["arms"]) == ["parent", "cut", "B", "C"]
+    assert len(found["arms"]["C"]["measures"]["bits_per_byte.pool"]["seeds"]) == 3
+    assert {e["about"] for e in found["effects"]} == {"data, cut"}
+    assert not (tmp_path / "out" / "parent").exists()  # it is read where it is
+    assert len(list((tmp_path / "out" / "arms").glob("C-*/model"))) == 3
+
+
+@pytest.mark.parametrize("command", ["compress", "compare"])
+def test_a_hub_that_cannot_be_reached_is_told_before_work_starts(tiny_run: str, tmp_path: Path, command: str) -> None:
+    asked = {"model": "hf://org/name", "steps": [{"method": "flap", "ratio": 0.2}], "tokens": 6400, "run": "out"}
+    asked |= {"data": tiny_run} if command == "compress" else {"curated": tiny_run}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(asked))
+    told = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", command, "c.yaml"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert told.returncode == 1
+    assert "Traceback" not in told.stderr
+    assert "tamis: cannot fetch hf://org/name" in told.stderr
+    assert "HF_HUB_OFFLINE" in told.stderr
+    assert "give its folder as `model`" in told.stderr
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]

@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.compare.proxy import Proxy, compare_proxy, settings
-from pipeline.compare.tokens import Kept
+from pipeline.compare.learners._tokens import Kept
+from pipeline.compare.learners.language import Language
+from pipeline.compare.proxy import compare_proxy, settings
 from pipeline.compare.verdict import interval, judge
 from pipeline.config import parse
 from pipeline.curation import curate
@@ -69,8 +70,8 @@ SMALL = {
 
 
 def run_proxy(corpus: dict[str, Any], tmp_path: Path, **changes: Any) -> Any:
-    proxy = Proxy.model_validate(SMALL | {"target": str(tmp_path / "target.parquet")} | changes)
-    return compare_proxy(parse(corpus), proxy, InlinePool, quiet=True)
+    learner = Language.model_validate(SMALL | {"target": str(tmp_path / "target.parquet")} | changes)
+    return compare_proxy(parse(corpus), learner, InlinePool, quiet=True)
 
 
 def test_the_selection_that_is_like_the_target_wins_and_the_one_that_is_not_loses(
@@ -144,7 +145,7 @@ def test_without_a_target_the_mix_decides(corpus: dict[str, Any], tmp_path: Path
         (arm, at) for at in (0.2, 0.4) for arm in ("random", "length")
     ]
     assert all(line.target is None for line in done.lines)
-    assert "no target" in done.setting
+    assert "No target" in done.setting
 
 
 def test_a_criterion_that_reads_another_finds_it(corpus: dict[str, Any], tmp_path: Path) -> None:
@@ -172,12 +173,14 @@ def test_errors_before_anything_is_trained(
     assert not list((tmp_path / "run").glob("artifacts/proxy-*/result.json"))
 
 
-def test_settings_of_the_command_line() -> None:
-    found = settings(["shape.layers=2", "steps=7"], target=["a.txt"], at=[0.5], seeds=None)
+def test_settings_of_the_command_line(corpus: dict[str, Any]) -> None:
+    texts = parse(corpus)
+    found = settings(texts, ["shape.layers=2", "steps=7"], target=["a.txt"], at=[0.5], seeds=None)
+    assert isinstance(found, Language)
     assert (found.steps, found.shape.layers, found.shape.hidden, found.at, found.seeds) == (7, 2, 192, (0.5,), 3)
     for wrong, says in (("steps", "key=value"), ("steps.x=1", "key=value"), ("stepz=1", "stepz"), ("seeds=1", "seeds")):
         with pytest.raises(ConfigError, match=says):
-            settings([wrong])
+            settings(texts, [wrong])
 
 
 def test_kept_tokens_are_those_with_the_smallest_hashes_whatever_the_batches() -> None:

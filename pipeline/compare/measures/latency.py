@@ -5,11 +5,13 @@ and given back; ten runs warm up, at least thirty count, and every one is a valu
 intervals follow. Prefill is a forward pass over a prompt; decoding a step of one token after it, with the cache.
 
 Peak memory is the process's largest resident set while the measurement runs, counted anew where Linux lets it, so it
-holds whatever else the process holds: compare models in processes of their own.
+holds whatever else the process holds: `in_own_process` gives a model one of its own.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipeline.compare.measures.base import Measured, evaluating
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TamisError
 
 if TYPE_CHECKING:
     import torch
@@ -56,6 +58,19 @@ def latency(
             steps = _decode(model, ids, warm_up + repeats)
             found.append(Measured(f"decode@{batch}", "cost", 1000 * steps[warm_up:], False))
     return [*found, Measured("peak_memory", "cost", np.array([memory.megabytes()]), False)]
+
+
+def in_own_process(
+    folder: Path, batches: Sequence[int], prompt: int, repeats: int, threads: int | None
+) -> dict[str, float]:
+    """Medians of `latency` of the model in a folder, by a process that does nothing else. Raises TamisError."""
+    asked = json.dumps([str(folder), list(batches), prompt, repeats, threads])
+    done = subprocess.run([sys.executable, "-m", __name__, asked], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise TamisError(f"latency: the speed of {folder} could not be measured: {last}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def file_size(folder: Path) -> Measured:
@@ -130,3 +145,15 @@ class _PeakMemory:
 
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             return peak / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def _main(asked: str) -> None:
+    from pipeline.compress.folder import load
+
+    folder, batches, prompt, repeats, threads = json.loads(asked)
+    model, _ = load(Path(folder))
+    print(json.dumps({m.name: m.quantile(0.5) for m in latency(model, batches, prompt, repeats, threads)}))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

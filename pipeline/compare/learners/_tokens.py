@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.artifact import Artifact
-from pipeline.compare.held_out import TARGET, TRAIN
 from pipeline.hashing import hash64
 from pipeline.models.training import pack, train_tokenizer
 from pipeline.recipe import Column, State, Transform, fingerprint
@@ -117,22 +116,3 @@ def lists(state: State) -> pa.LargeListArray:
 def blocks(rows: pa.Array, context: int, most: int) -> np.ndarray:
     """Rows of tokens as (n, context) int32 blocks, of at most `most` tokens (but one block at least)."""
     return pack((row.values.to_numpy() for row in rows), context, EOS)[: max(1, most // context)]
-
-
-@dataclass(frozen=True)
-class Total:
-    """Statistic: `train` (1,) int64, tokens of the rows that an arm may train on; `target` (1,), rows of the target."""
-
-    held: str
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return (self.held, "row.tokens")
-
-    def update(self, state: State, batch: pa.RecordBatch) -> State:
-        held, size = batch.column(self.held).to_numpy(), batch.column("row.tokens").to_numpy()
-        new = {"train": np.array([size[held == TRAIN].sum()]), "target": np.array([(held == TARGET).sum()])}
-        return self.merge([state, new]) if state else new
-
-    def merge(self, states: Sequence[State]) -> State:
-        return {name: np.sum([s[name] for s in states], axis=0) for name in ("train", "target")}
