@@ -122,12 +122,20 @@ def _parse(lines: Lines, types: pl.Schema, fields: pa.Schema) -> Batch:
 
     if not LONE_SURROGATE.search(lines.data):
         try:
-            frame = pl.read_ndjson(lines.data, schema=types)
+            frame = _rows(lines.data, types)
             if frame.height == lines.total:
                 return Batch(_batch(frame, fields), np.arange(lines.first, lines.first + lines.total))
         except pl.exceptions.PolarsError:
             pass
     return _parse_apart(lines, types, fields)
+
+
+def _rows(data: bytes, types: pl.Schema) -> pl.DataFrame:
+    import polars as pl
+
+    if not data.startswith(b"{"):
+        data = b" " + data  # polars would decompress what begins like a gzip or zstd file, whatever it was told
+    return pl.read_ndjson(data, schema=types)
 
 
 def _parse_apart(lines: Lines, types: pl.Schema, fields: pa.Schema) -> Batch:
@@ -146,7 +154,7 @@ def _parse_apart(lines: Lines, types: pl.Schema, fields: pa.Schema) -> Batch:
         reason = "half a surrogate pair" if len(some) == 1 and _has_lone_surrogate(joined) else ""
         try:
             if not reason and (len(some) == 1 or not LONE_SURROGATE.search(joined)):
-                frame = pl.read_ndjson(joined, schema=types)
+                frame = _rows(joined, types)
                 if frame.height == len(some):
                     frames.append(frame)
                     records += [lines.first + i for i in some]

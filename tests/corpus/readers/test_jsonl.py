@@ -85,6 +85,13 @@ def test_every_line_is_a_row_or_a_reject(tmp_path: Path, lines: list[bytes]) -> 
     assert all(line in b"\n".join(lines) for line in (r.raw for r in rejected.values()))
 
 
+@pytest.mark.parametrize("magic", [b"(\xb5/\xfd", b"\x1f\x8b\x08", b"x\x9c", b"x\x01"])
+def test_a_line_that_begins_like_a_compressed_file_is_rejected_alone(tmp_path: Path, magic: bytes) -> None:
+    (*batches,) = jsonl.read(source(tmp_path / "x.jsonl", magic + b'{"}\n{"text": "a"}'), OPTIONS, FIELDS)
+    assert [text for b in batches for text in b.rows["text"].to_pylist()] == ["a"]
+    assert [r.record for b in batches for r in b.rejects] == [1]
+
+
 @pytest.mark.parametrize("half", [r"\ud83d", r"\uDE00 x", r"\ude00\ud83d", r"\ud83d\ud83d\ude00", r"\\\ud83d"])
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path, half: str) -> None:
     lines = ['{"text": "a"}', f'{{"text": "{half}"}}', r'{"text": "\ud83d\ude00 \\ud83d"}']
