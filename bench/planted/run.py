@@ -2,11 +2,11 @@
 
 usage: python -m bench.planted.run [--rows 2400] [--seed 0] [--only KIND ...] [--real DIR] [--keep DIR] [--dry]
 
-Makes the corpus (`bench.planted.generator`), trains a small language model on it for those that need one, and runs
-every seat (`bench.planted.seats`) as the main job does, inline, in a process of its own on one thread. CPU seconds and
-peak memory are that process's, fits and reading included, so `random` shows what the engine takes. Influence is also
-compared with leave-one-out retraining (`bench.planted.exact`). Writes the tables between the markers of README.md,
-unless --dry.
+Makes the corpora (`bench.planted.generator`, `bench.planted.corpora`), trains small models for those that need one, and
+runs every seat (`bench.planted.seats`) as the main job does, inline, in a process of its own on one thread. CPU seconds
+and peak memory are that process's, fits and reading included, so `random` shows what the engine takes. Influence is
+also compared with leave-one-out retraining (`bench.planted.exact`). Writes the tables between the markers of README.md,
+unless --dry. With --only it trains what those kinds need, replaces their lines in the tables and leaves all else.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from bench.planted import exact
+from bench.planted import corpora, exact, pair_models
 from bench.planted.generator import ROOT, generate
 from bench.planted.seats import (
     FORGOTTEN,
@@ -43,6 +44,7 @@ from bench.planted.seats import (
 
 README = Path(__file__).with_name("README.md")
 STEPS, EARLY = 800, 200
+LANGUAGE_MODELS, PAIR_MODELS = ("early", "model", "pruned"), ("clip", "vision", "reader", "judge")
 
 
 def train_models(corpus: Path, directory: Path, seed: int) -> dict[str, Any]:
@@ -96,9 +98,9 @@ def run_seat(number: int, places: dict[str, str], directory: Path) -> dict[str, 
     from pipeline.run import Run
 
     seat = SEATS[number]
-    corpus = places["real" if seat.real else "corpus"]
+    corpus = places[seat.corpus]
     config = {
-        "corpus": {"path": corpus, "id": "id"},
+        "corpus": {"path": corpus, "id": "id", **seat.columns},
         "scores": [{"kind": seat.kind, "name": "found", **resolved(seat.fields, places)}],
         "select": {"budget": {"fraction": 0.5}},
         "engine": {"address": "inline", "max_bad_fraction": 1.0},
@@ -210,11 +212,18 @@ def main() -> None:
     parser.add_argument("--dry", action="store_true", help="print the table, leave README.md alone")
     parser.add_argument("--seat", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--rewrite", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--train", choices=("language", "pairs"), help=argparse.SUPPRESS)
     parser.add_argument("--exact", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.exact:
         print(exact.main(options.keep, options.seed))
+        return
+    if options.train == "pairs":
+        import torch
+
+        torch.set_num_threads(1)
+        pair_models.train(options.keep / "planted", options.keep, options.seed)
+        print("{}")
         return
     if options.train:
         print(json.dumps(train_models(options.keep / "planted" / "corpus.parquet", options.keep, options.seed)))
@@ -234,22 +243,32 @@ def main() -> None:
 
 
 def tables(options: argparse.Namespace, directory: Path) -> None:
-    """Run all seats and write what they found."""
+    """Run all seats, or those of `--only`, and write what they found."""
     corpus = generate(directory / "planted", options.rows, options.seed)
-    about = in_process(["--train", "--keep", str(directory), "--seed", str(options.seed)])
-    if "error" in about:
-        sys.exit(f"no models: {about['error']}")
-    print(about, flush=True)
+    corpora.generate(directory / "planted", options.seed)
     places = {p.stem: str(p) for p in corpus.parent.glob("*.parquet")}
-    places |= {name: str(directory / name) for name in ("early", "model", "pruned")}
+    places |= {name: str(directory / name) for name in (*LANGUAGE_MODELS, *PAIR_MODELS)}
     labels = options.real / "quality_labels" / "dclm_human_labels.parquet"
     if labels.exists():
         places["real"] = str(labels)
     (directory / "places.json").write_text(json.dumps(places))
-    lines = []
-    for number, seat in enumerate(SEATS):
-        if (options.only and seat.kind not in options.only) or (seat.real and "real" not in places):
+    chosen = [
+        (number, seat)
+        for number, seat in enumerate(SEATS)
+        if (not options.only or seat.kind in options.only) and seat.corpus in places
+    ]
+    about: dict[str, Any] = {}
+    asked = {name for _, seat in chosen for name in seat.asks | ({"model"} if seat.flops else set())}
+    for models, names in (("language", LANGUAGE_MODELS), ("pairs", PAIR_MODELS)):
+        if options.only and asked.isdisjoint(names):
             continue
+        told = in_process(["--train", models, "--keep", str(directory), "--seed", str(options.seed)])
+        if "error" in told:
+            sys.exit(f"no {models} models: {told['error']}")
+        about |= told
+    print(about, flush=True)
+    lines = []
+    for number, seat in chosen:
         result = in_process(["--seat", str(number), "--keep", str(directory)])
         new = lines_of(seat, result, about)
         print("\n".join(new), flush=True)
@@ -270,8 +289,12 @@ def tables(options: argparse.Namespace, directory: Path) -> None:
         )
         rewritten.append(f"| {' | '.join([name, form, *values])} |")
         print(rewritten[-1], flush=True)
+    if options.only:
+        if not options.dry:
+            write(merged(written_before(), lines, rewritten, f"{_command(options)} at commit {commit()}: its lines."))
+        return
     said = (
-        f"`python -m bench.planted.run{_asked(options)}` at commit {commit()}: "
+        f"{_command(options)} at commit {commit()}: "
         f"{pq.ParquetFile(corpus).metadata.num_rows:,} rows, seed {options.seed}; models of "
         f"{about['parameters'] / 1e6:.2f} M parameters, {about['tokens']:.0f} tokens a row."
     )
@@ -292,13 +315,46 @@ def tables(options: argparse.Namespace, directory: Path) -> None:
         write("\n\n".join(written))
 
 
-def _asked(options: argparse.Namespace) -> str:
+def merged(before: str, lines: Iterable[str], rewritten: Iterable[str], said: str) -> str:
+    """The tables as they were written, with lines of some seats and rewrites in place of theirs, or at their seat.
+
+    `said`, how these came about, stands below what the tables say of themselves; a later run of the same command
+    replaces it. Raises ValueError where a line tells of a failure: what stood there before is worth more.
+    """
+    about, scores, rewrites, *others = before.split("\n\n")
+    told = [line for line in about.splitlines() if _run_of(line) != _run_of(said)]
+    seats = [(seat.name, TRUTHS[truth].says) for seat in SEATS for truth in seat.truths]
+    tables = [_replaced(scores, lines, seats), _replaced(rewrites, rewritten, [(r[0], r[1]) for r in REWRITES])]
+    return "\n\n".join(["\n".join([*told, said]), *tables, *others])
+
+
+def _replaced(table: str, lines: Iterable[str], order: list[tuple[str, str]]) -> str:
+    head, rows = table.splitlines()[:2], table.splitlines()[2:]
+    new = {_key(line): line for line in lines}
+    if failed := [line for key, line in new.items() if key not in order]:
+        raise ValueError(f"lines that no seat has: {failed}")
+    known = {_key(line): line for line in rows} | new
+    return "\n".join([*head, *(known[key] for key in order if key in known)])
+
+
+def _key(line: str) -> tuple[str, str]:
+    """What tells a line of a table from the others: its first two cells, without the end of the scores."""
+    _, name, says, *_ = (cell.strip() for cell in line.split("|"))
+    return name, says.removesuffix(" (top)").removesuffix(" (bottom)")
+
+
+def _run_of(said: str) -> str:
+    return said.partition("` at commit")[0]
+
+
+def _command(options: argparse.Namespace) -> str:
     told = [
         f"--{name} {getattr(options, name)}"
         for name, default in (("rows", 2400), ("seed", 0))
         if getattr(options, name) != default
     ]
-    return " ".join(["", *told])
+    told += [f"--only {' '.join(options.only)}"] if options.only else []
+    return f"`{' '.join(['python -m bench.planted.run', *told])}`"
 
 
 def commit() -> str:
@@ -309,6 +365,11 @@ def commit() -> str:
 
     changed = git("status", "--porcelain", "--", "pipeline", "bench/*.py")
     return git("rev-parse", "--short", "HEAD") + (" with uncommitted changes" if changed else "")
+
+
+def written_before(name: str = "table") -> str:
+    """What stands between the markers of a name in README.md."""
+    return README.read_text().split(f"<!-- {name} -->\n")[1].split(f"\n<!-- /{name} -->")[0]
 
 
 def write(content: str, name: str = "table") -> None:

@@ -14,11 +14,14 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
+from bench.planted.pair_models import ASKED
 from pipeline.config import kinds
 
 PLAIN = ("plain", "exact", "near", "same_words", "clean", "primed")
 DAMAGED = ("menu", "repeated", "symbols", "shuffled", "real_damaged")
 COPIES = {"exact": ("exact",), "fuzzy": ("exact", "near"), "semantic": ("exact", "near", "same_words")}
+SOUND = ("plain", "spatial", "swapped", "small", "strip")
+"""Pairs whose captions are in order as texts."""
 HARDEST = 0.8
 FORGOTTEN = (5, 11)
 """Concepts whose words the model `pruned` has lost."""
@@ -119,18 +122,40 @@ TRUTHS: Mapping[str, Truth] = {
     "semantic": Truth("those and copies with sentences moved", "bottom", _copies("semantic")),
     "none": Truth("nothing planted: it judges sets of rows, not rows; cost only", "top", _nothing),
     "long": Truth("rows of more words than the median", "top", _long),
+    "swapped": Truth(
+        "captions of another picture among right ones", "bottom", _roles(("swapped",), ("plain", "spatial"))
+    ),
+    "no captions": Truth(
+        "captions of a word or two, names of files, one caption of 20 pictures",
+        "bottom",
+        _roles(("short", "file_name", "stock")),
+    ),
+    "badly sized": Truth("pictures of less than 200 pixels a side, and strips", "bottom", _roles(("small", "strip"))),
+    "spatial": Truth("captions that say how two figures stand to each other", "top", _roles(("spatial",), SOUND)),
+    "broken": Truth("captions shuffled, without some letters or stuttering", "bottom", _roles(("broken",), SOUND)),
+    "rare": Truth(
+        "responses with the rare successors: the model is sure and wrong", "top", _roles(("rare",), ("usual",))
+    ),
+    "noise": Truth(
+        "responses of random syllables among those with rare successors", "bottom", _roles(("noise",), ("rare",))
+    ),
+    "random users": Truth("users who take any item", "bottom", _roles(("random",))),
     "human": Truth("documents that people called good (real, 321 rows)", "top", _human),
 }
 
 
 @dataclass(frozen=True)
 class Seat:
-    """A criterion, what it is to find, and how it is configured; `@name` stands for a file or model of that name."""
+    """A criterion, what it is to find, in which corpus, and how it is configured; `@name` stands for a file or model of
+    that name."""
 
     kind: str
     truths: tuple[str, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    corpus: str = "corpus"
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    """What the columns of the corpus mean, beside `id`."""
     flops: Callable[[float, float], float] | None = None
     """FLOPs a row by what the recipe states, for a model of N parameters and rows of T tokens."""
 
@@ -139,8 +164,9 @@ class Seat:
         return f"{self.kind} {self.fields.get('keep', '')}".strip()
 
     @property
-    def real(self) -> bool:
-        return self.truths == ("human",)
+    def asks(self) -> set[str]:
+        """Names of the files and models that it is configured with."""
+        return named([self.fields, self.config])
 
 
 LSA = {"kind": "lsa", "dims": 64, "features": 16384}
@@ -154,6 +180,14 @@ SMALL_LM = {
 }
 SEEDED = {"positives": "@good", "negatives": "@bad", **SMALL_CLASSIFIER}
 SHORT = {"max_tokens": 256}
+SMALL_HEADS = {"dims": 64, "batch": 64}
+SMALL_SASREC = {"length": 20, "steps": 500}
+"""No sequence is longer, and a step of LiSSA forgets a hundredth of those before."""
+PAIRS: Mapping[str, Any] = {"corpus": "pairs", "columns": {"image": "image"}}
+INSTRUCTIONS: Mapping[str, Any] = {
+    "corpus": "instructions",
+    "columns": {"prompt": "prompt", "response": "response"},
+}
 
 SEATS: tuple[Seat, ...] = (
     Seat("random", ("target",)),
@@ -214,11 +248,24 @@ SEATS: tuple[Seat, ...] = (
         },
     ),
     Seat("calibration", ("none",), {"model": "@model"}),
-    Seat("random", ("human",)),
-    Seat("length", ("human",)),
-    Seat("heuristics", ("human",)),
-    Seat("quality", ("human",), SEEDED),
-    Seat("perplexity", ("human",), {"train": SMALL_LM, **SHORT}),
+    Seat("clip_score", ("swapped",), {"model": "@clip"}, **PAIRS),
+    Seat(
+        "dfn",
+        ("swapped",),
+        {"trusted": "@trusted", "image_encoder": "@vision", "text_encoder": "@reader", "train": SMALL_HEADS},
+        **PAIRS,
+    ),
+    Seat("caption_rules", ("no captions",), {"max_shared": 10}, **PAIRS),
+    Seat("image_size", ("badly sized",), **PAIRS),
+    Seat("spatial_relations", ("spatial",), **PAIRS),
+    Seat("mlm_filter", ("broken",), {"model": "@judge", "prompt": ASKED, "max_new_tokens": 4}, **PAIRS),
+    Seat("q_tuning", ("rare", "noise"), {"model": "@model", "max_tokens": 256}, **INSTRUCTIONS),
+    Seat("dealrec_sequences", ("random users",), {"items": "items", **SMALL_SASREC}, corpus="sequences"),
+    Seat("random", ("human",), corpus="real"),
+    Seat("length", ("human",), corpus="real"),
+    Seat("heuristics", ("human",), corpus="real"),
+    Seat("quality", ("human",), SEEDED, corpus="real"),
+    Seat("perplexity", ("human",), {"train": SMALL_LM, **SHORT}, corpus="real"),
 )
 
 
@@ -253,6 +300,14 @@ def characters(texts: pa.Table, rows: pa.Table) -> tuple[float, float]:
             total[i] += mask.sum()
             left[i] += (mask & kept).sum()
     return float(1 - left[0] / total[0]), float(left[1] / total[1])
+
+
+def named(value: Any) -> set[str]:
+    """What stands for files and models in a configuration, without the `@`."""
+    if isinstance(value, str):
+        return {value[1:]} if value.startswith("@") else set()
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return set[str]().union(*map(named, inner))
 
 
 def resolved(value: Any, places: Mapping[str, str]) -> Any:

@@ -71,7 +71,8 @@ def fetch(model: str, directory: Path) -> None:
     try:
         snapshot_download(name, revision=revision or None, allow_patterns=list(FILES), local_dir=files)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise TamisError(f"cannot fetch {model}: {error}; fetch it yourself and give its folder as `model`") from error
+        why = str(error).rstrip(".")
+        raise TamisError(f"cannot fetch {model}: {why}; fetch it yourself and give its folder as `model`") from error
     shutil.rmtree(files / ".cache", ignore_errors=True)  # the client's notes on the download
     for file in files.iterdir():
         file.rename(directory / file.name)

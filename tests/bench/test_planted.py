@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.planted import exact, generator, seats  # noqa: E402
+from bench.planted import corpora, exact, generator, pair_models, run, seats  # noqa: E402
 from pipeline.config import parse  # noqa: E402
 
 Rows = list[dict[str, Any]]
@@ -36,6 +39,14 @@ def table(directory: Path) -> pa.Table:
 @pytest.fixture(scope="module")
 def rows(table: pa.Table) -> Rows:
     return list(table.to_pylist())
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("PIL")
+    path = tmp_path_factory.mktemp("others")
+    corpora.generate(path, seed=1)
+    return path
 
 
 def words(text: str) -> list[str]:
@@ -122,21 +133,24 @@ def test_what_criteria_learn_from_is_not_in_the_corpus(directory: Path, rows: Ro
     assert graded["label"].to_pylist() == [1] * len(good) + [0] * len(bad)
 
 
-def test_every_criterion_has_a_seat_that_its_recipe_accepts(directory: Path) -> None:
+def test_every_criterion_has_a_seat_that_its_recipe_accepts(directory: Path, others: Path) -> None:
     assert seats.missing() == []
     model = directory / "model"  # what checks ask of a model's folder before it is loaded
     model.mkdir(exist_ok=True)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"):
         (model / name).write_text("{}")
-    places = {p.stem: str(p) for p in directory.glob("*.parquet")}
-    places |= dict.fromkeys(("model", "early", "pruned"), str(model)) | {"real": places["corpus"]}
+    (model / "open_clip_config.json").write_text(json.dumps({"model_cfg": pair_models.CLIP}))
+    places = {p.stem: str(p) for folder in (directory, others) for p in folder.glob("*.parquet")}
+    places |= dict.fromkeys((*run.LANGUAGE_MODELS, *run.PAIR_MODELS), str(model)) | {"real": places["corpus"]}
     for seat in seats.SEATS:
         assert set(seat.truths) <= set(seats.TRUTHS)
         scores = [{"kind": seat.kind, **seats.resolved(seat.fields, places)}]
+        corpus = {"path": places[seat.corpus], "id": "id", **seat.columns}
         parse(
-            {"corpus": {"path": places["corpus"]}, "scores": scores, "select": {"budget": {"rows": 1}}, "run": "x"}
+            {"corpus": corpus, "scores": scores, "select": {"budget": {"rows": 1}}, "run": "x"}
             | seats.resolved(seat.config, places)
         )
+        assert seat.asks <= set(places)
 
 
 def test_foreign_pieces_stand_where_they_say_and_a_perfect_rewrite_removes_them_alone(directory: Path) -> None:
@@ -156,8 +170,10 @@ def test_foreign_pieces_stand_where_they_say_and_a_perfect_rewrite_removes_them_
 
 
 @pytest.mark.parametrize("name", [n for n in seats.TRUTHS if n not in ("human", "none")])
-def test_the_truth_itself_is_found_and_its_opposite_is_not(name: str, table: pa.Table) -> None:
+def test_the_truth_itself_is_found_and_its_opposite_is_not(name: str, directory: Path, others: Path) -> None:
     truth = seats.TRUTHS[name]
+    (corpus,) = {seat.corpus for seat in seats.SEATS if name in seat.truths}
+    table = pq.read_table((directory if corpus == "corpus" else others) / f"{corpus}.parquet")
     blind = np.random.default_rng(0).random(len(table))
     counted, marked = truth.marks(table, blind)
     assert 0 < (marked & counted).sum() < counted.sum()
@@ -198,3 +214,85 @@ def test_leave_one_out_is_the_derivative_where_a_row_weighs_little(directory: Pa
     found = exact.estimates(x[:n], y[:n], x[n:], y[n:])
     assert spearmanr(left_out, found["influence function, exact Hessian"]).statistic > 0.99
     assert left_out[wrong[:n]].mean() < left_out[~wrong[:n]].mean()  # wrong labels do harm
+
+
+@pytest.mark.parametrize("name", ["pairs", "instructions", "sequences"])
+def test_other_corpora_follow_from_the_seed(name: str, others: Path) -> None:
+    made = pq.read_table(others / f"{name}.parquet")
+    assert made.equals(getattr(corpora, name)(1))
+    assert not made.equals(getattr(corpora, name)(2))
+
+
+def test_pictures_show_what_their_captions_say_but_for_the_swapped_ones(others: Path) -> None:
+    from PIL import Image
+
+    found: Counter[Any] = Counter()
+    for row in pq.read_table(others / "pairs.parquet").to_pylist():
+        picture = Image.open(io.BytesIO(row["image"])).convert("RGB")
+        short, long = sorted(picture.size)
+        assert (short < corpora.SHORT_SIDE) == (row["role"] == "small")
+        assert (long > corpora.ASPECT * short) == (row["role"] == "strip")
+        ground = min(
+            corpora.COLOURS, key=lambda c: np.abs(np.subtract(corpora.COLOURS[c], picture.getpixel((0, 0)))).sum()
+        )
+        found[row["role"]] += 1
+        found[row["role"], "told"] += f"in a {ground} picture" in row["text"]
+    for role, share in corpora.SHARES.items():
+        assert found[role] == round(share * corpora.PAIRS)
+    for role in ("plain", "spatial", "small", "strip"):
+        assert found[role, "told"] == found[role], role
+    assert found["swapped", "told"] < 0.4 * found["swapped"]
+
+
+def test_rare_responses_take_the_rare_successor_and_noise_says_nothing(others: Path) -> None:
+    language = generator.Language.made(np.random.default_rng(1))
+    place = {word: (c, i) for c, known in enumerate(language.words) for i, word in enumerate(known)}
+    frequent: dict[str, list[bool]] = {"usual": [], "rare": [], "noise": []}
+    for row in pq.read_table(others / "instructions.parquet").to_pylist():
+        at = [place[w] for w in words(row["response"]) if w in place]
+        for (c, i), (d, j) in pairwise(at):
+            frequent[row["role"]].append(c == d and j == language.following[c][0][i])
+    shares = {role: np.mean(frequent[role]) for role in ("usual", "rare")}
+    assert shares["usual"] == pytest.approx(corpora.FREQUENT["usual"], abs=0.05)
+    assert shares["rare"] < 0.2
+    assert len(frequent["noise"]) < 0.05 * len(frequent["rare"])
+
+
+def test_users_with_a_pattern_stay_in_their_cycle(others: Path) -> None:
+    for row in pq.read_table(others / "sequences.parquet").to_pylist():
+        cycles = {item // corpora.CYCLE for item in row["items"]}
+        assert (len(cycles) == 1) == (row["role"] == "pattern")
+
+
+@pytest.mark.parametrize(
+    ("kind", "least"), [("caption_rules", 1), ("image_size", 1), ("spatial_relations", 0.9), ("dfn", 0.7)]
+)
+def test_criteria_of_pairs_find_what_is_planted(kind: str, least: float, others: Path, tmp_path: Path) -> None:
+    places = {p.stem: str(p) for p in others.glob("*.parquet")}
+    if kind == "dfn":
+        pytest.importorskip("transformers")
+        pair_models.write_vision(tmp_path / "vision", 0)
+        pair_models.write_reader(others / "trusted.parquet", tmp_path / "reader", 0)
+        places |= {name: str(tmp_path / name) for name in ("vision", "reader")}
+    (number,) = [n for n, seat in enumerate(seats.SEATS) if seat.kind == kind]
+    (found,) = run.run_seat(number, places, tmp_path)["found"]
+    assert found["auroc"] >= least
+    assert found["precision"] > 2 * found["marked"] / found["rows"]
+
+
+def test_a_run_of_some_kinds_replaces_their_lines_and_no_others() -> None:
+    score, other = "| {} | {} (top) | {} |", "| sentences, rules of C4 | lines | {} |"
+    length, random = seats.TRUTHS["long"].says, seats.TRUTHS["target"].says
+    before = "\n\n".join(
+        ["all at commit a.", f"h\n--\n{score.format('random', random, 1)}", f"h\n--\n{other.format(2)}", "exact"]
+    )
+    said = "`run --only length` at commit b: its lines."
+    after = run.merged(before, [score.format("length", length, 3)], [], said)
+    lines = f"{score.format('random', random, 1)}\n{score.format('length', length, 3)}"
+    assert after == f"all at commit a.\n{said}\n\nh\n--\n{lines}\n\nh\n--\n{other.format(2)}\n\nexact"
+    again = run.merged(
+        after, [score.format("length", length, 4)], [other.format(5)], said.replace("commit b", "commit c")
+    )
+    assert again == after.replace("| 3 |", "| 4 |").replace("| 2 |", "| 5 |").replace("commit b", "commit c")
+    with pytest.raises(ValueError, match="no seat has"):
+        run.merged(after, ["| length | failed: no memory | |"], [], said)

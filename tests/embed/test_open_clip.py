@@ -1,7 +1,8 @@
-"""The text tower beside open_clip itself, on small random models loaded from local files."""
+"""Both towers beside open_clip itself, on small random models loaded from local files."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
+from vision_toys import CAPTIONS, encoded, pairs, write_open_clip
 
 from pipeline.config import parse
 from pipeline.corpus.rows import row_column
-from pipeline.embed.open_clip import CONFIG, OpenClip
+from pipeline.embed.open_clip import OpenClip
 from pipeline.engine.pool import InlinePool
-from pipeline.errors import TamisError
+from pipeline.errors import ConfigError, TamisError
+from pipeline.models._open_clip import CONFIG
+from pipeline.models.image_text import encode_images
+from pipeline.models.images import Preprocess
 from pipeline.run import Run
 
 if TYPE_CHECKING:
@@ -25,42 +30,41 @@ if TYPE_CHECKING:
 open_clip = pytest.importorskip("open_clip")
 torch = pytest.importorskip("torch")
 
-TINY = {
-    "embed_dim": 24,
-    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
 SMALL = "ViT-S-32-alt"
 TEXTS = ["a photo of a cat", "a photo of a dog", "zeppelin", "long " * 50]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from safetensors.torch import save_file
-
-    directory: Path = tmp_path_factory.mktemp("tiny")
-    (directory / CONFIG).write_text(json.dumps({"model_cfg": TINY, "preprocess_cfg": {}}))
-    torch.manual_seed(0)
-    state = open_clip.CLIP(**TINY).state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, directory / "open_clip_model.safetensors")
-    return directory
+    return write_open_clip(tmp_path_factory.mktemp("tiny"))
 
 
-def embedded(directory: Path, texts: list[str], **fields: Any) -> np.ndarray:
-    pq.write_table(pa.table({"text": texts}), directory / "corpus.parquet")
+def filled(directory: Path, table: pa.Table, embed: dict[str, Any], **corpus: Any) -> pa.Table:
+    """The column `embed` of a corpus."""
+    pq.write_table(table, directory / "corpus.parquet")
     config = {
-        "corpus": {"path": str(directory / "corpus.parquet")},
+        "corpus": {"path": str(directory / "corpus.parquet"), **corpus},
+        "embed": {"kind": "open_clip", **embed},
         "scores": ["density"],
+        "select": {"budget": {"rows": 1}},
+        "engine": {"max_bad_fraction": 1},
         "run": str(directory / "run"),
     }
-    config |= {"embed": {"kind": "open_clip", **fields}, "select": {"budget": {"rows": 1}}}
     with Run(parse(config), InlinePool, quiet=True) as run:
-        run.materialize([row_column(False, None)])
+        corpus_config = run.config.corpus
+        run.materialize([row_column(False, None, corpus_config.has_text, corpus_config.image is not None)])
         assert run.config.embed is not None
         run.config.embed.fit(run)
         run.materialize([run.config.embed.column(run)])
-    vectors = pq.read_table(directory / "run/columns/embed/part-00000.parquet")["vector"]
+    return pq.read_table(directory / "run/columns/embed/part-00000.parquet")
+
+
+def array(vectors: pa.ChunkedArray) -> np.ndarray:
     return np.array(vectors.to_pylist(), np.float32)
+
+
+def embedded(directory: Path, texts: list[str], **fields: Any) -> np.ndarray:
+    return array(filled(directory, pa.table({"text": texts}), fields)["vector"])
 
 
 def reference(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
@@ -70,6 +74,7 @@ def reference(model: Any, tokenizer: Any, texts: list[str]) -> np.ndarray:
 
 def test_a_folder_gives_open_clips_own_vectors(tmp_path: Path, folder: Path) -> None:
     found = embedded(tmp_path, TEXTS, model=str(folder))
+    assert [f.name for f in pq.read_schema(tmp_path / "run/columns/embed/part-00000.parquet")] == ["vector"]
     name = f"local-dir:{folder}"
     expected = reference(open_clip.create_model(name), open_clip.get_tokenizer(name), TEXTS)
     assert found.shape == (4, 24)
@@ -79,7 +84,6 @@ def test_a_folder_gives_open_clips_own_vectors(tmp_path: Path, folder: Path) -> 
 
 def test_a_row_does_not_depend_on_the_batch(tmp_path: Path, folder: Path) -> None:
     together = embedded(tmp_path, TEXTS, model=str(folder))
-    np.testing.assert_allclose(embedded(tmp_path, TEXTS, model=str(folder), batch_texts=1), together, atol=5e-4)
     np.testing.assert_allclose(embedded(tmp_path, TEXTS[::-1], model=str(folder))[::-1], together, atol=5e-4)
 
 
@@ -91,24 +95,38 @@ def test_an_architecture_loads_a_checkpoint_file(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, reference(model, open_clip.get_tokenizer(SMALL), TEXTS), atol=5e-4)
 
 
-def test_a_checkpoint_with_code_is_not_read(tmp_path: Path) -> None:
-    torch.save({"state_dict": Path("/")}, tmp_path / "code.pt")  # a pickled object beyond tensors
+class Code:
+    """Runs when a pickle of it is read."""
+
+    def __reduce__(self) -> Any:
+        return print, ("the checkpoint's code ran",)
+
+
+def test_a_checkpoint_with_code_is_not_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": Code()}, tmp_path / "code.pt")
     with pytest.raises(TamisError, match="Weights only load failed"):
         embedded(tmp_path, TEXTS, model=SMALL, pretrained=str(tmp_path / "code.pt"))
+    assert "code ran" not in capsys.readouterr().out
 
 
 def test_a_tag_is_fetched_by_open_clip_itself(tmp_path: Path, hub: Hub) -> None:
-    place = open_clip.get_pretrained_cfg("ViT-B-32", "openai")["hf_hub"].strip("/")
+    place = open_clip.get_pretrained_cfg("ViT-B-32-quickgelu", "openai")["hf_hub"].strip("/")
     hub.put(place, "open_clip_model.safetensors", "open_clip_pytorch_model.bin")
     (tmp_path / "encoder").mkdir()
     code = """
-from pipeline.embed.open_clip import _fetch_tag
-_fetch_tag("ViT-B-32", "openai", Path(sys.argv[1]))
-_fetch_tag("ViT-B-32", "laion2b_s34b_b79k", Path(sys.argv[1]))"""
+from pipeline.models._open_clip import fetch_tag
+fetch_tag("ViT-B-32-quickgelu", "openai", Path(sys.argv[1]))
+fetch_tag("ViT-B-32", "laion2b_s34b_b79k", Path(sys.argv[1]))"""
     done = hub.run(code, tmp_path / "encoder")
     assert "cannot fetch ViT-B-32 laion2b_s34b_b79k" in done.stderr
     assert "fetch it yourself and give the file as `pretrained`" in done.stderr
     assert (tmp_path / "encoder/weights.safetensors").read_text() == "open_clip_model.safetensors"
+    assert json.loads((tmp_path / "encoder/preprocess.json").read_text())["interpolation"] == "bicubic"
+
+
+def test_a_tag_of_another_activation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TamisError, match="'openai' was trained with another activation: set `model` to ViT-B-32-quick"):
+        embedded(tmp_path, TEXTS, model="ViT-B-32", pretrained="openai")
 
 
 def test_an_unknown_tag_lists_those_there_are(tmp_path: Path) -> None:
@@ -137,3 +155,76 @@ def test_a_folder_without_a_text_tower_of_its_own_is_an_error(tmp_path: Path) ->
     (tmp_path / CONFIG).write_text("{}")
     with pytest.raises(ValidationError, match="has no model_cfg with an embed_dim"):
         OpenClip(model=str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Unit vectors of the images and of the captions of `pairs(20)`, by open_clip's own transform and model."""
+    from PIL import Image
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    images = [transform(Image.open(io.BytesIO(data))) for data in pairs(20)["image"].to_pylist()]
+    with torch.no_grad():
+        x = model.eval().encode_image(torch.stack(images), normalize=True)
+    texts = reference(model, open_clip.get_tokenizer(f"local-dir:{folder}"), pairs(20)["text"].to_pylist())
+    return np.asarray(x), texts
+
+
+def test_both_towers_in_one_pass_give_open_clips_own_vectors_and_their_cosine(
+    tmp_path: Path, folder: Path, expected: tuple[np.ndarray, np.ndarray]
+) -> None:
+    found = filled(tmp_path, pairs(20), {"model": str(folder), "batch_images": 7}, image="image")
+    assert found.column_names == ["vector", "text_vector", "cosine"]
+    for name, vectors in zip(("vector", "text_vector"), expected, strict=True):
+        np.testing.assert_allclose(array(found[name]), vectors, atol=2e-3)
+    np.testing.assert_allclose(found["cosine"], (expected[0] * expected[1]).sum(1), atol=1e-3)
+
+
+@pytest.mark.parametrize("corpus", [{"text": None}, {}])
+def test_one_tower_alone(
+    tmp_path: Path, folder: Path, expected: tuple[np.ndarray, np.ndarray], corpus: dict[str, Any]
+) -> None:
+    """Images alone have one tower; of pairs one may be asked for."""
+    asked = {} if corpus else {"tower": "image"}
+    found = filled(tmp_path, pairs(20), {"model": str(folder), **asked}, image="image", **corpus)
+    assert found.column_names == ["vector"]
+    np.testing.assert_allclose(array(found["vector"]), expected[0], atol=2e-3)
+
+
+def test_an_image_that_cannot_be_decoded_is_in_quarantine_and_its_neighbours_are_not(
+    tmp_path: Path, folder: Path, expected: tuple[np.ndarray, np.ndarray]
+) -> None:
+    from PIL import Image
+
+    images = pairs(20)["image"].to_pylist()
+    images[3], images[7] = b"no image", encoded(Image.new("RGB", (9, 9), "red"))
+    table = pa.table({"image": pa.array(images, pa.binary()), "text": pairs(20)["text"]})
+    found = filled(tmp_path, table, {"model": str(folder)}, image="image")
+    assert np.flatnonzero(found["vector"].is_null()).tolist() == [3, 7]
+    assert np.flatnonzero(found["cosine"].is_null()).tolist() == [3, 7]
+    rest = np.setdiff1d(np.arange(20), [3, 7])
+    np.testing.assert_allclose(array(found["vector"].take(pa.array(rest))), expected[0][rest], atol=2e-3)
+    refused = pq.read_table(tmp_path / "run/quarantine/embed/part-00000.parquet").sort_by("row")
+    assert refused["reason"].to_pylist() == ["not an image of a known format", "blank image: one colour all over"]
+
+
+def test_a_tower_that_the_corpus_has_nothing_for_is_an_error(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"tower: image needs corpus\.image, which names no column"):
+        filled(tmp_path, pa.table({"text": CAPTIONS}), {"model": str(folder), "tower": "image"})
+
+
+def test_bfloat16_sees_batches_of_one_shape(folder: Path) -> None:
+    """The last group is filled up, so that a score does not depend on how many rows are left."""
+    shapes: list[tuple[int, ...]] = []
+
+    class Seen:
+        preprocess = Preprocess(16, 16, "squash")
+
+        def images(self, pixels: np.ndarray) -> np.ndarray:
+            shapes.append(pixels.shape)
+            return np.arange(3.0 * len(pixels), dtype=np.float32).reshape(-1, 3)
+
+    data = pairs(5)["image"].combine_chunks()
+    found, _ = encode_images(Seen(), data, 4, fixed=True)
+    assert shapes == [(4, 16, 16, 3)] * 2
+    assert found.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11], [0, 1, 2]]

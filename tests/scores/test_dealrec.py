@@ -18,20 +18,19 @@ from pipeline.curation import curate
 from pipeline.engine.pool import InlinePool
 from pipeline.errors import TamisError
 from pipeline.hashing import hash64, row_keys
-from pipeline.scores._head import forward, softmax, train
-from pipeline.scores.dealrec import (
+from pipeline.scores._dealrec import (
     BINS,
     PRUNED,
-    Dealrec,
     binned,
     clipped,
     kept_bins,
     lissa,
     minmax,
-    softmax_product,
     strata_of,
     turns_of,
 )
+from pipeline.scores._head import forward, softmax, train
+from pipeline.scores.dealrec import Dealrec, softmax_product
 
 ROWS = 500
 
