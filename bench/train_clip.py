@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,9 @@ from pipeline.models.dual_encoder import contrastive_loss
 from pipeline.models.image_text import open_folder
 from pipeline.models.images import Preprocess, stream
 from pipeline.scores.dfn import measure
+
+if TYPE_CHECKING:
+    import torch
 
 WIDTH, HEADS = 192, 64
 
@@ -41,6 +45,17 @@ def captions_of(pattern: str) -> list[str]:
                     assert file is not None
                     found.append(file.read().decode())
     return found
+
+
+def jittered(pixels: torch.Tensor) -> torch.Tensor:
+    """A batch (n, 3, size, size) shifted by up to an eighth, on white; half of the time mirrored."""
+    import torch
+
+    size = pixels.shape[-1]
+    wide = torch.nn.functional.pad(pixels, (size // 8,) * 4, value=1.0)
+    top, left = (int(torch.randint(size // 4 + 1, ())) for _ in range(2))
+    cut = wide[..., top : top + size, left : left + size]
+    return cut.flip(-1) if torch.rand(()) < 0.5 else cut
 
 
 def main() -> None:
@@ -85,7 +100,7 @@ def main() -> None:
     while time.monotonic() < end:
         rows = seen[torch.randperm(len(seen))[: asked.batch]]
         model.train()
-        x, y, scale = model(pixels[rows], tokens[rows])[:3]
+        x, y, scale = model(jittered(pixels[rows]), tokens[rows])[:3]
         twins = group[rows, None] == group[rows]
         loss = contrastive_loss(scale.clamp(max=100) * x @ y.T, twins)
         optimizer.zero_grad()

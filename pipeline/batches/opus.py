@@ -33,8 +33,8 @@ the scoring pass. The first `warmup` batches are drawn uniformly, without scorin
 never chosen, and counted; one with nothing to learn among the tokens looked at has utility 0. Draws come from a
 generator of its own. Take the proxy from training splits: test splits would contaminate.
 
-Measured as a share of a step's CPU seconds on rows of 1,024 tokens, 16 out of 32 (bench/in_the_loop.py cost): 117 % at
-512 tokens, 15.1 % at 64, 9.8 % at 32; of the last quarter of the layers alone 6.9 % at 64 and 4.1 % at 32. On short
+Measured as a share of a step's CPU seconds on rows of 1,024 tokens, 16 out of 32 (bench/in_the_loop.py cost): 116 % at
+512 tokens, 13.6 % at 64, 8.4 % at 32; of the last quarter of the layers alone 6.3 % at 64 and 3.7 % at 32. On short
 trainings of that model no gain over random rows was shown, nor one of drawing over the greedy choice
 (bench/in_the_loop.md).
 
