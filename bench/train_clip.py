@@ -5,8 +5,9 @@ usage: python -m bench.train_clip [--tars 'runs/clipart/pairs/*.tar'] [--out run
 For a machine to which no CLIP weights can be brought: `embed: {kind: open_clip, model: runs/clipart/clip}` then runs a
 model that has learned something. A ViT of four layers and a text tower of two, from scratch, with CLIP's loss; every
 tenth caption is held out, and how well the model tells matched from shuffled pairs of these (AUC) is printed with the
-same of the untrained model. The AUC of few minutes is modest: two heads on pretrained encoders (configs/dfn.yaml) are
-better at once.
+same of the untrained model. That is modest: 0.62 against 0.50 after five minutes on all 8,118 pairs of openclipart (372
+steps, two shared cores), where two heads on pretrained encoders come to 0.90 with a tenth of the pairs
+(configs/dfn.yaml).
 """
 
 from __future__ import annotations

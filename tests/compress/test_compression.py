@@ -79,15 +79,25 @@ def test_a_second_call_cuts_and_trains_nothing(done, monkeypatch: pytest.MonkeyP
     assert (Path(config.run) / "recover" / "metrics.jsonl").read_bytes() == before
 
 
-def test_what_is_measured_on_is_not_trained_on(tiny_run: str, tmp_path: Path) -> None:
-    from pipeline.compress.compression import gather
+def test_what_is_measured_on_is_not_trained_on(tiny_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.compress.parent import parent_folder
 
+    packed: list[set[str]] = []
+    pack = compression.pack_blocks
+
+    def watched(texts: Any, *rest: Any) -> np.ndarray:
+        packed.append(set(texts.to_pylist()))
+        return pack(texts, *rest)
+
+    monkeypatch.setattr(compression, "pack_blocks", watched)
     config = configured(tiny_run, tmp_path)
     _, tokenizer = folder.load(parent_folder(config.model, tmp_path / "parent", config.held_out, config.seed))
-    blocks = gather(config, tokenizer)
-    seen = {tuple(row) for part in (blocks.calibration, blocks.recovery) for row in part.tolist()}
-    assert not seen & {tuple(row) for row in blocks.held_out.tolist()}
+    blocks = compression.gather(config, tokenizer)
+    calibration, recovery, held_out = packed
+    assert calibration
+    assert recovery
+    assert held_out
+    assert not (calibration | recovery) & held_out
     assert blocks.recovery.size <= config.tokens
 
 
