@@ -22,6 +22,7 @@ from pipeline.compress.allocation.given import Given
 from pipeline.compress.allocation.uniform import Uniform
 from pipeline.compress.importance.random import Random
 from pipeline.compress.recover.base import Cost
+from pipeline.compress.schedule._stepped import Stepped
 from pipeline.compress.schedule.base import Schedule
 from pipeline.compress.sparse.random import Random as RandomWeights
 from pipeline.compress.steps.base import Step
@@ -79,15 +80,15 @@ EFFECTS = {
 
 DRAWN = Width | Depth | Sparse | Experts
 """Steps whose units can be drawn by chance."""
-CUTTING, MASKING = ("gradual", "adapt_pruner"), ("gradual_magnitude", "soft_shrinkage")
-"""Schedules whose way is known before they start."""
+MASKING = ("gradual_magnitude", "soft_shrinkage")
+"""Schedules of masks whose way is known before they start, as it is of all that are `Stepped`."""
 
 
 def unmatched(designs: Sequence[Design], steps: Sequence[Step], schedules: Sequence[Schedule], recover: str) -> str:
     """Why arms or steps cannot be matched, all reasons at once; empty where they can."""
     wrong = [why for step in steps if (why := _shapeless(step))]
     kinds = [schedule.kind for schedule in schedules]
-    wrong += [f"schedules: {why}" for kind in kinds if (why := UNPLANNED.get(kind) or _unknown(kind))]
+    wrong += [f"schedules: {why}" for s in schedules if (why := UNPLANNED.get(s.kind) or _unknown(s))]
     refused: dict[str, list[str]] = {}
 
     def refuse(names: str, why: str) -> None:
@@ -99,7 +100,7 @@ def unmatched(designs: Sequence[Design], steps: Sequence[Step], schedules: Seque
         refuse("E F", f"recover: {recover} trains a part of the weights, and theirs are all new")
     if any(kind in MASKING for kind in kinds):
         refuse("E F", "their mask would be that of B or C, which is known where their budget ends")
-    if any(kind not in CUTTING for kind in kinds):
+    if not all(isinstance(schedule, Stepped) for schedule in schedules):
         refuse("R", f"{kinds[0]} chooses by what it trains, never by chance")
     elif unknown := [step.kind for step in steps if not isinstance(step, DRAWN | Vocab)]:
         refuse("R", f"{unknown[0]} has no control by chance")
@@ -122,9 +123,13 @@ UNPLANNED = {
 }
 
 
-def _unknown(kind: str) -> str:
-    known = (*CUTTING, *MASKING, "lora_prune")
-    return "" if kind in known else f"what {kind} will spend is not known before: take one of {', '.join(known)}"
+def _unknown(schedule: Schedule) -> str:
+    known = (*MASKING, "lora_prune")
+    if isinstance(schedule, Stepped) or schedule.kind in known:
+        return ""
+    return (
+        f"what {schedule.kind} will spend is not known before: take gradual, adapt_pruner or one of {', '.join(known)}"
+    )
 
 
 def _shapeless(step: Step) -> str:
@@ -165,9 +170,9 @@ def _by_chance(step: Step, seed: int) -> Step:
     return step.model_copy(update={"method": "random", "seed": seed}) if isinstance(step, Depth) else step
 
 
-def scheduled_by_chance(schedule: Schedule, seed: int) -> Schedule:
+def scheduled_by_chance(schedule: Stepped, seed: int) -> Stepped:
     """A schedule that cuts, by chance."""
-    return schedule.model_copy(update={"step": _by_chance(schedule.step, seed)})  # type: ignore[attr-defined]
+    return schedule.model_copy(update={"step": _by_chance(schedule.step, seed)})
 
 
 def from_scratch(student: nn.Module, seed: int) -> nn.Module:

@@ -31,6 +31,7 @@ from pipeline.compress.compression import shrink
 from pipeline.compress.data import Source, curated, pack_blocks, parquet, set_apart
 from pipeline.compress.place import read_json
 from pipeline.compress.recover.base import Setup
+from pipeline.compress.schedule._stepped import Stepped
 from pipeline.compress.schedule.base import Schedule
 from pipeline.compress.steps._tokenizer import trimmed_fast
 from pipeline.compress.steps.sparse import Sparse
@@ -190,7 +191,10 @@ class Students:
         """What happens to an arm while it trains."""
         if self.schedule is None or design.start not in ("cut", "chance"):
             return None
-        return scheduled_by_chance(self.schedule, seed) if design.start == "chance" else self.schedule
+        if design.start != "chance":
+            return self.schedule
+        assert isinstance(self.schedule, Stepped)  # of the others nothing is drawn: R is refused at the door
+        return scheduled_by_chance(self.schedule, seed)
 
 
 def calibrated_on(design: Design, steps: Sequence[Any]) -> str:

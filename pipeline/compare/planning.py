@@ -19,6 +19,7 @@ from pipeline.compare.ledger import Arm, Plan, plan
 from pipeline.compare.material import Blocks, Students
 from pipeline.compare.scoring import Scored
 from pipeline.compress import folder
+from pipeline.compress.schedule._stepped import Stepped
 from pipeline.compress.steps.experts import Experts
 from pipeline.compress.steps.sparse import Sparse
 from pipeline.compress.steps.width import Width
@@ -76,9 +77,9 @@ def make_plan(
         return max(importance_cost(config.steps, p, dense, length) for p in passes) if any(passes) else 0.0
 
     importance = charged("curated", "random")
-    on_the_way = 0.0
+    on_the_way, taken = 0.0, [s.step for s in config.schedules if isinstance(s, Stepped)]
     for passes, told in zip(students.passes, students.shapes, strict=True):
-        on_the_way += importance_cost([config.schedules[0].step], passes, shape, config.length)  # type: ignore[attr-defined]
+        on_the_way += importance_cost(taken, passes, shape, config.length)
         shape = shape.resized(told)
     arms = []
     for design in config.designs:

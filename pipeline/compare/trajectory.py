@@ -26,6 +26,7 @@ from pipeline.compress.architecture import anatomy
 from pipeline.compress.recover._shapes import shapes
 from pipeline.compress.recover.base import Recovery, Setup
 from pipeline.compress.schedule._cutting import Cutter, in_layers
+from pipeline.compress.schedule._stepped import Stepped
 from pipeline.compress.schedule.base import Schedule
 from pipeline.recipe import Recipe
 
@@ -103,7 +104,8 @@ def retraced(schedule: Schedule, moments: Sequence[Moment]) -> Schedule:
     """The schedule on the way that a rehearsal took; as it is where that cut nothing."""
     if not moments:
         return schedule
-    step = schedule.step.model_copy(update={"allocation": Retraced(moments=tuple(moments))})  # type: ignore[attr-defined]
+    assert isinstance(schedule, Stepped)  # nothing else cuts at moments
+    step = schedule.step.model_copy(update={"allocation": Retraced(moments=tuple(moments))})
     return schedule.model_copy(update={"step": step})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from pipeline.run import Run
 
 
-class ImageTextEmbed(Embed):
+class ImageTextEmbed(Embed, ABC):
     """With both towers `vector` is the image's, and `text_vector` and `cosine` (the CLIP score) come from the same
     pass; criteria that ask for the same model read them there."""
 
@@ -25,9 +26,9 @@ class ImageTextEmbed(Embed):
     batch_images: int = Field(64, ge=1, description="images run at once; changes speed and memory only")
 
     @property
+    @abstractmethod
     def source(self) -> Source:
         """Which model."""
-        raise NotImplementedError(f"{type(self).__name__} names no model")
 
     @model_validator(mode="after")
     def _there(self) -> Self:

@@ -13,6 +13,7 @@ Source and what differs from it: `pipeline.scores.dealrec`.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,7 +49,7 @@ PRUNED = "hard_prune"
 DOUBLINGS = 40
 
 
-class StratifiedDraw(Score):
+class StratifiedDraw(Score, ABC):
     """Base of the scores that draw by influence and effort; a child has a surrogate and fills `<name>-parts`."""
 
     model: str | None = Field(
@@ -113,9 +114,9 @@ class StratifiedDraw(Score):
     def _seed(self, run: Run) -> int:
         return run.seed if self.seed is None else self.seed
 
+    @abstractmethod
     def _parts(self, run: Run) -> Column:
         """The column `<name>-parts` of `PARTS`: influence and effort of every row."""
-        raise NotImplementedError(f"{type(self).__name__} has no _parts()")
 
     def _scale(self, run: Run, references: tuple[str, str]) -> dict[str, Any]:
         """Where influence and effort begin and end, and the bins of value between which the strata lie."""

@@ -6,6 +6,7 @@ how a model learns from them. They know nothing of arms, budgets and artifacts (
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class Teacher:
     share: float
 
 
-class Learner(BaseModel):
+class Learner(BaseModel, ABC):
     """What is trained on every selection, and on what it is measured."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,38 +64,38 @@ class Learner(BaseModel):
         return ()
 
     @property
+    @abstractmethod
     def consumed(self) -> int:
         """Examples, in the unit of the corpus's tokens, that a training sees."""
-        raise NotImplementedError(f"{type(self).__name__} has no consumed()")
 
     def check(self, config: Config) -> None:
         """Raises ConfigError where the learner cannot learn from a corpus."""
 
+    @abstractmethod
     def columns(self, run: Run) -> list[Column]:
         """Columns of the examples; fits what they need."""
-        raise NotImplementedError(f"{type(self).__name__} has no columns()")
 
+    @abstractmethod
     def kept(self, run: Run, flag: str, value: float, most: int | None, seed: int) -> Statistic:
         """Statistic: examples of the rows where a column is a value, `most` of them (None: what is measured on).
 
         Its state has `rows` (1,): all rows where it is.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no kept()")
 
+    @abstractmethod
     def examples(self, state: State) -> tuple[Arrays, int]:
         """What is stored of a state to train on, and how many examples it holds in the unit of tokens."""
-        raise NotImplementedError(f"{type(self).__name__} has no examples()")
 
+    @abstractmethod
     def measured(self, state: State, run: Run) -> Mapping[str, Arrays]:
         """What is measured on, by metric: `mix` of a state, and the `target` where there is one."""
-        raise NotImplementedError(f"{type(self).__name__} has no measured()")
 
+    @abstractmethod
     def train(
         self, data: Arrays, held: Mapping[str, Arrays], steps: int, seed: int, directory: Path, teacher: Teacher | None
     ) -> Result:
         """Train a model and measure it. `directory` takes what it leaves."""
-        raise NotImplementedError(f"{type(self).__name__} has no train()")
 
+    @abstractmethod
     def describe(self, parameters: float) -> str:
         """What is trained, in a sentence."""
-        raise NotImplementedError(f"{type(self).__name__} has no describe()")

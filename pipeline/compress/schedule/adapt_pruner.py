@@ -11,34 +11,20 @@ They report the quality of a model of the parent's size at 200 times fewer token
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field
 
-from pipeline.compress.schedule.base import Schedule
-from pipeline.compress.steps.base import Step
-from pipeline.config import recipe_in
-
-if TYPE_CHECKING:
-    from pipeline.compress.recover._session import Session
-    from pipeline.compress.recover.base import Setup
-    from pipeline.compress.schedule.base import Callback
+from pipeline.compress.schedule._stepped import Stepped
 
 
-class AdaptPruner(Schedule):
+class AdaptPruner(Stepped):
     """Prune, train, prune, train: a step of kind `width` in equal parts over the whole budget."""
 
     source: ClassVar[str] = "Wang et al. 2025, arXiv 2502.03460"
     kind: Literal["adapt_pruner"] = "adapt_pruner"
-    step: SerializeAsAny[Annotated[Step, recipe_in("pipeline.compress.steps", Step)]]
     rounds: int = Field(20, ge=1)
     rows: int = Field(64, ge=1, description="training blocks that each round is measured on")
-    seed: int = Field(0, ge=0, description="which blocks these are")
 
-    def start(self, setup: Setup, session: Session) -> Callback:
-        from pipeline.compress.schedule._cutting import Cutter, check_whole, check_width
-
-        check_whole(self.kind, session)
-        step = check_width(self.kind, self.step)
-        moments = [(i / self.rounds, step.ratio * (i + 1) / self.rounds) for i in range(self.rounds)]
-        return Cutter(step, moments, setup, self.rows, self.seed)
+    def moments(self, ratio: float) -> list[tuple[float, float]]:
+        return [(i / self.rounds, ratio * (i + 1) / self.rounds) for i in range(self.rounds)]

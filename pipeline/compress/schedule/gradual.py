@@ -11,37 +11,22 @@ better: run both.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, SerializeAsAny
+from pydantic import Field
 
-from pipeline.compress.schedule.base import Schedule, cubic
-from pipeline.compress.steps.base import Step
-from pipeline.config import recipe_in
-
-if TYPE_CHECKING:
-    from pipeline.compress.recover._session import Session
-    from pipeline.compress.recover.base import Setup
-    from pipeline.compress.schedule.base import Callback
+from pipeline.compress.schedule._stepped import Stepped
+from pipeline.compress.schedule.base import cubic
 
 
-class Gradual(Schedule):
+class Gradual(Stepped):
     """A step of kind `width`, taken in parts."""
 
     source: ClassVar[str] = "Zhu & Gupta 2017, arXiv 1710.01878, equation 1"
     kind: Literal["gradual"] = "gradual"
-    step: SerializeAsAny[Annotated[Step, recipe_in("pipeline.compress.steps", Step)]]
     events: int = Field(4, ge=1)
     until: float = Field(0.5, gt=0, le=1, description="share of the budget at which the last part goes")
-    rows: int = Field(128, ge=1, description="training blocks that each part is measured on")
-    seed: int = Field(0, ge=0, description="which blocks these are")
 
-    def start(self, setup: Setup, session: Session) -> Callback:
-        from pipeline.compress.schedule._cutting import Cutter, check_whole, check_width
-
-        check_whole(self.kind, session)
-        step = check_width(self.kind, self.step)
-        moments = [
-            (self.until * i / self.events, cubic(0, step.ratio, i / self.events)) for i in range(1, self.events + 1)
-        ]
-        return Cutter(step, moments, setup, self.rows, self.seed)
+    def moments(self, ratio: float) -> list[tuple[float, float]]:
+        parts = range(1, self.events + 1)
+        return [(self.until * i / self.events, cubic(0, ratio, i / self.events)) for i in parts]

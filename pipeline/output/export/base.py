@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,7 @@ class Exported:
     files: tuple[str, ...]
 
 
-class Export(Recipe):
+class Export(Recipe, ABC):
     """A format. Subclasses live in `pipeline/output/export/<kind>.py` and fix `kind` to the module's name."""
 
     kind: str
@@ -68,12 +69,12 @@ class Export(Recipe):
     def check(self, schema: pa.Schema) -> None:
         """Raise MissingExtra where the format's library is not there, ConfigError for columns that it cannot hold."""
 
+    @abstractmethod
     def write(self, shard: Shard, directory: Path) -> dict[str, Any]:
         """Write one shard below a directory of its own; its files' names say which shard they are of.
 
         Returns notes (JSON) for `finish`. Rows come from `shard.batches()`.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no write()")
 
     def finish(self, exported: Exported, notes: Sequence[dict[str, Any]]) -> dict[str, bytes]:
         """Files that are written once all shards are there: name and content. `notes`: those of every shard."""

@@ -26,6 +26,7 @@ The validation file of the nanochat layout is in no order.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,7 +96,7 @@ class Placing:
         return tuple(dict.fromkeys([ORDINAL, *self.inputs]))
 
 
-class Order(Recipe):
+class Order(Recipe, ABC):
     """An order. Subclasses live in `pipeline/output/order/<kind>.py` and fix `kind` to the module's name."""
 
     kind: str
@@ -111,9 +112,9 @@ class Order(Recipe):
     def stored_as(self) -> str:
         return self.name or self.kind
 
+    @abstractmethod
     def placing(self, run: FedRun, seed: int) -> Placing:
         """Fit what is needed, and say how rows are placed."""
-        raise NotImplementedError(f"{type(self).__name__} has no placing()")
 
 
 def checked_name(value: str | None) -> str | None:

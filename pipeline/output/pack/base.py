@@ -24,6 +24,7 @@ pieces) and `skipped` (rows that could not be packed, by reason).
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -82,7 +83,7 @@ class Pieces:
     """-1: no sequence is full of it yet, it goes to the next window."""
 
 
-class Pack(Recipe):
+class Pack(Recipe, ABC):
     """A way to pack. Subclasses live in `pipeline/output/pack/<kind>.py` and fix `kind` to the module's name."""
 
     kind: str
@@ -120,12 +121,12 @@ class Pack(Recipe):
     def check(self, order: StoredOrder | None) -> None:
         """Raise ConfigError for an order that this way of packing would undo."""
 
+    @abstractmethod
     def place(self, lengths: np.ndarray, last: bool) -> Pieces:
         """Cut n documents of so many tokens, int64 (n,), into pieces and put these into sequences numbered from 0.
 
         `last`: nothing comes after this window, so nothing can be left for the next.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no place()")
 
     @property
     def mixes(self) -> bool:
