@@ -74,15 +74,20 @@ def test_another_process_is_refused_and_a_killed_one_succeeded(tmp_path: Path) -
     lock.release()
 
 
+WINS = 10
+
+
 def race(directory: str, start: Any, won: Any) -> None:
     store = Store(directory)
     start.wait()
-    for _ in range(50):
+    wins = 0
+    while wins < WINS:
         lock = RunLock(store)
         try:
             lock.acquire()
         except RunLocked:
             continue
+        wins += 1
         won.append((time.monotonic(), "in"))
         time.sleep(0.002)
         won.append((time.monotonic(), "out"))
@@ -100,8 +105,8 @@ def test_of_many_that_race_one_at_a_time_has_it(tmp_path: Path) -> None:
         for racer in racers:
             racer.join()
         steps = [step for _, step in sorted(won)]
-    assert steps == ["in", "out"] * (len(steps) // 2)
-    assert len(steps) > 20
+        assert [racer.exitcode for racer in racers] == [0] * 3
+    assert steps == ["in", "out"] * (3 * WINS)
 
 
 # ---- where there are no locks
