@@ -22,6 +22,7 @@ from pipeline.output.export.megatron import Megatron
 from pipeline.output.export.webdataset import Webdataset, extension
 from pipeline.output.order import base as orders
 from pipeline.output.order.base import write_order
+from pipeline.output.order.repeated import Repeated
 from pipeline.output.order.shuffled import Shuffled
 from tests.output.feeding_runs import curated, kept, opened, ordinals, rows
 
@@ -90,6 +91,18 @@ def test_datasets_reads_its_own(run: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert "num_examples: 200" in card
     assert "What became of every row" in card
     assert len(described["files"]) > 4
+
+
+def test_rows_that_an_order_repeats_are_counted(run: str, tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    with opened(run) as fed:
+        order = write_order(fed, Repeated(epochs=2, name="twice"))
+        described = write_export(fed, Huggingface(), str(tmp_path / "out"), order)
+    assert described["rows"] == 400
+    found = load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(found) == 400  # the library compares them with what the card says
+    assert "num_examples: 400" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_webdataset_reads_its_own(run: str, tmp_path: Path) -> None:

@@ -406,6 +406,22 @@ def test_packed_sequences(own: str) -> None:
         CuratedDataset(own, 4, packed="small")
 
 
+@pytest.mark.parametrize("key", ["packed", "order"])
+def test_parts_that_were_made_anew_are_refused(own: str, key: str) -> None:
+    """As many rows in the same place, but others: what a crash leaves of a set that was being made anew."""
+    with fed(own) as run:
+        for seed in range(2):
+            write_packed(run, BestFit(length=8, ids="tokens", end_id=0, name=f"s{seed}", seed=seed), None)
+            arrange(run, write_order(run, Shuffled(seed=seed, name=f"s{seed}")))
+    data = opened(own, columns=None, **{key: "s0"})
+    places = [Path(own, key, f"s{seed}", "rows" if key == "order" else "") for seed in range(2)]
+    shutil.copy(places[1] / "part-00000.parquet", places[0])
+    with pytest.raises(CorpusError, match="has changed under the loader"):
+        list(data)
+    with pytest.raises(CorpusError, match=r"part-00000.parquet is not the file that the run describes"):
+        opened(own, columns=None, **{key: "s0"})
+
+
 def test_an_object_store(run: str, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
     boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
     running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

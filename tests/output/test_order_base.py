@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from pipeline.config import parse_as
 from pipeline.corpus.storage import Store
 from pipeline.engine.pool import InlinePool, RayPool
-from pipeline.errors import ConfigError, TamisError
+from pipeline.errors import ConfigError, CorpusError, TamisError
 from pipeline.output import feeding as feeding_module
 from pipeline.output.commands import Feeding
 from pipeline.output.feeding import CuratedSet, feeding
@@ -146,6 +147,27 @@ def test_curated_files_that_change_underneath_are_refused(tmp_path: Path) -> Non
     pq.write_table(pq.read_table(victim).slice(1), victim)
     with opened(run) as fed, pytest.raises(TamisError, match="has changed since the run was curated"):
         fed_parts(fed, write_order(fed, Shuffled()))
+
+
+def test_parts_of_another_order_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a crash leaves of an order that was being made anew under the same name."""
+    monkeypatch.setattr(base, "PART_ROWS", 100)
+    run = curated(tmp_path)
+    with opened(run) as fed:
+        order, other = (write_order(fed, Shuffled(name=str(i), seed=i)) for i in range(2))
+        parts = [fed_parts(fed, o)[0] for o in (order, other)]
+        place = Path(run, "order")
+        for name in ("rows/part-00000.parquet", "part-00000.parquet"):
+            shutil.copy(place / "1" / name, place / "0" / name)
+            with pytest.raises(
+                CorpusError, match=rf"{name} is not of the order that order.json describes.*tamis order"
+            ):
+                list(parts[0].batches())
+        assert len(list(parts[1].batches()))
+        with pytest.raises(CorpusError, match="tamis order"):
+            order.addresses(0)
+        assert sorted(ordinals(fed, write_order(fed, Shuffled(name="0", seed=0))).tolist()) == list(range(200))
+        assert order.addresses(0).num_rows
 
 
 @pytest.mark.parametrize("status", ["running", "failed"])

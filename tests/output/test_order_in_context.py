@@ -10,13 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.concepts.kmeans import load_centroids
+from pipeline.engine.regroup import ROW, SHARD
 from pipeline.errors import ConfigError
 from pipeline.output.order import _walk
 from pipeline.output.order._walk import Graph, neighbours, path_weight, walk
 from pipeline.output.order.base import write_order
-from pipeline.output.order.in_context import InContext
+from pipeline.output.order.in_context import FIELDS, InContext, string_together
 from pipeline.output.order.shuffled import Shuffled
 from pipeline.output.pack.best_fit import BestFit
+from pipeline.sample import stored
 from tests.output.feeding_runs import column, curated, kept, opened, ordinals, rows
 
 VECTORS = {"embed": {"kind": "precomputed", "column": "vector"}, "cluster": {"k": 3}}
@@ -129,6 +132,10 @@ def test_related_rows_follow_one_another_and_none_comes_twice(run: str) -> None:
     concept = np.array([t["concept"] for t in rows_kept["tamis"].to_pylist()])
     assert about["edges_cut"] == pytest.approx((concept[nearest] != concept[:, None]).mean(), abs=0.005)
     assert about["mean_similarity"] > 0.6
+    assert about["walks"] == 3  # so every row but the first of a region has the one before it as a neighbour
+    beside = np.diff(concept[order]) == 0
+    steps = np.vecdot(vectors[order[1:]], vectors[order[:-1]])[beside]
+    assert about["mean_similarity"] == pytest.approx(steps.mean(), abs=0.002)
     assert contexts.rows == 200
 
 
@@ -148,6 +155,39 @@ def test_contexts_are_whole_of_about_their_tokens_and_shuffled(run: str) -> None
     assert sorted(lying.tolist()) == sorted(found.tolist())
     cuts = np.flatnonzero(np.diff(np.asarray(column(straight, "group")))) + 1
     assert {tuple(c) for c in np.split(found, edges)} == {tuple(c) for c in np.split(lying, cuts)}
+
+
+def test_a_context_holds_the_rows_that_begin_in_its_tokens() -> None:
+    angle = np.array([0.0, 0.1, 0.2, 0.3, 0.4])
+    points = pa.array(np.stack([np.cos(angle), np.sin(angle)], 1).ravel().astype(np.float32))
+    table = pa.table(
+        {
+            "concept.concept": pa.array([0] * 5, pa.int32()),
+            "embed.vector": pa.FixedSizeListArray.from_arrays(points, 2),
+            "row.tokens": [6, 6, 6, 25, 1],
+            SHARD: [0] * 5,
+            ROW: np.arange(5),
+        }
+    )
+    found = string_together(1, 10, 0, table)  # a chain, which is walked from its end
+    assert found.column_names == [SHARD, ROW, *FIELDS.names]
+    assert found["position"].to_pylist() == [0, 1, 2, 3, 4]
+    assert found["context"].to_pylist() == [0, 0, 1, 1, 4]
+    assert found["similarity"].to_pylist() == pytest.approx([0, *[np.cos(0.1)] * 4])
+
+
+def test_regions_follow_one_another_by_their_centroids(tmp_path: Path) -> None:
+    with opened(curated(tmp_path, **VECTORS | {"cluster": {"k": 6}})) as fed:
+        order = write_order(fed, InContext(k=5, shuffle=False))
+        points = load_centroids(stored(fed, "centroids"))
+        concept = np.array([t["concept"] for t in kept(fed.store.uri)["tamis"].to_pylist()])[ordinals(fed, order)]
+    walked = concept[np.append(True, np.diff(concept) != 0)]
+    cosine = points @ points.T
+    expected = [0]  # all are neighbours of all
+    while len(expected) < 6:
+        expected.append(max(set(range(6)) - set(expected), key=lambda c: cosine[expected[-1], c]))
+    assert expected != list(range(6))
+    assert walked.tolist() == expected
 
 
 def test_the_order_does_not_depend_on_shards(run: str, tmp_path: Path) -> None:

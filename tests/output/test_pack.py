@@ -20,6 +20,7 @@ from pipeline.output.commands import Feeding
 from pipeline.output.order import base as orders
 from pipeline.output.order.base import write_order
 from pipeline.output.order.shuffled import Shuffled
+from pipeline.output.pack import base as packing
 from pipeline.output.pack._bins import best_fit_decreasing
 from pipeline.output.pack.base import Documents, Pack, Pieces, cu_seqlens, lay_out, write_packed
 from pipeline.output.pack.best_fit import BestFit
@@ -179,12 +180,29 @@ def test_the_layout_of_a_sequence() -> None:
     assert cu_seqlens(np.array([0, 0, 0, 1, 1, 1, 1, -1])).tolist() == [0, 3, 7]
 
 
+def test_sequences_are_shuffled_where_packing_by_length_has_sorted_them() -> None:
+    made = Documents(np.zeros(100, np.int32), np.ones(100, bool), np.ones(100, np.int64), np.arange(100))
+    pieces = Pieces(np.arange(100), np.zeros(100, np.int64), np.ones(100, np.int64), np.arange(100))
+
+    def laid(seed: int | None) -> list[int]:
+        drawn = None if seed is None else np.random.default_rng(seed)
+        return [row for b in lay_out(made, pieces, 2, 0, drawn) for (row,) in b["rows"].to_pylist()]
+
+    assert laid(None) == list(range(100))
+    assert sorted(laid(0)) == list(range(100))
+    assert laid(0) == laid(0) != laid(1)
+    assert laid(0) != list(range(100))
+
+
 # ---- runs
 
 
 @pytest.mark.parametrize("kind", [BestFit, Concat])
 @pytest.mark.parametrize("window", [300, 1 << 24])
-def test_every_row_is_packed_whole(run: str, tokenizer: str, kind: type[Pack], window: int) -> None:
+def test_every_row_is_packed_whole(
+    run: str, tokenizer: str, kind: type[Pack], window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "BATCH_ROWS", 16)  # a window is whole batches
     described, table = packed(run, kind(length=32, tokenizer=tokenizer, window=window), ordered=True)
     found = documents(table)
     texts = kept(run)["text"].to_pylist()
@@ -213,7 +231,8 @@ def test_every_row_is_packed_whole(run: str, tokenizer: str, kind: type[Pack], w
         assert table.num_rows == -(-tokens // 32)
 
 
-def test_concatenation_keeps_the_order_to_the_token(run: str, tokenizer: str) -> None:
+def test_concatenation_keeps_the_order_to_the_token(run: str, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packing, "BATCH_ROWS", 3)  # a window is whole batches
     described, table = packed(run, Concat(length=16, tokenizer=tokenizer, window=100), ordered=True)
     with opened(run) as fed:
         order = ordinals(fed, write_order(fed, Shuffled(name="for-packing")))
@@ -257,18 +276,34 @@ def test_what_looks_like_an_end_in_a_text_is_none(tmp_path: Path, tokenizer: str
 
 def test_stored_tokens_and_masks_are_taken_as_they_are(tmp_path: Path) -> None:
     ids = [list(range(100, 100 + i % 7)) for i in range(240)]
-    mask = [[bool((i + j) % 2) for j in range(i % 7 + (i % 50 == 48))] for i in range(240)]
+    wrongly = {48: 1, 46: -1}  # one flag too many, one too few
+    mask = [[bool((i + j) % 2) for j in range(i % 7 + wrongly.get(i % 50, 0) * (i % 7 > 0))] for i in range(240)]
     table = rows().append_column("ids", pa.array(ids, pa.list_(pa.int32()))).append_column("mask", pa.array(mask))
     run = curated(tmp_path, table)
     described, found = packed(run, BestFit(length=8, ids="ids", mask="mask", end_id=5))
     numbers = kept(run)["n"].to_pylist()
-    wrong = sum(n % 50 == 48 for n in numbers)
-    empty = sum(n % 7 == 0 and n % 50 != 48 for n in numbers)
+    wrong = sum(n % 50 in wrongly and n % 7 > 0 for n in numbers)
+    empty = sum(n % 7 == 0 for n in numbers)
     assert described["about"]["skipped"] == {"mask and tokens differ in length": wrong, "no token": empty}
     for row, pieces in documents(found).items():
         n = numbers[row]
         assert pieces == [(ids[n], list(range(n % 7)), mask[n])]
     assert set(matrix(found, "input_ids")[matrix(found, "document") < 0].tolist()) == {5}
+
+
+def test_a_mask_of_the_texts_tokens_leaves_the_end_learnt(tmp_path: Path, tokenizer: str) -> None:
+    texts = ["word " * (1 + i % 5) for i in range(240)]
+    mask = [
+        [bool((i + j) % 2) for j in range(1 + i % 5 + i % 3)] for i in range(240)
+    ]  # the text's, with the end's, more
+    table = pa.table({"n": np.arange(240), "text": texts, "mask": mask})
+    run = curated(tmp_path, table)
+    described, found = packed(run, BestFit(length=16, tokenizer=tokenizer, mask="mask"))
+    numbers = kept(run)["n"].to_pylist()
+    assert described["about"]["skipped"] == {"mask and tokens differ in length": sum(n % 3 == 2 for n in numbers)}
+    for row, ((_, _, learnt),) in documents(found).items():
+        n = numbers[row]
+        assert learnt == [*mask[n], *([True] if n % 3 == 0 else [])]
 
 
 def test_of_instructions_only_the_response_is_learnt(tmp_path: Path, tokenizer: str) -> None:

@@ -112,7 +112,8 @@ def write_export(run: FedRun, export: Export, target: str, order: StoredOrder | 
     notes = [json.loads(memory.read(_memo(s.number))) for s in shards]
     files = tuple(f for n in notes for f in n["files"])
     card = run.store.read("README.md").decode() if run.store.exists("README.md") else ""
-    exported = Exported(run.curated.rows, len(parts), schema, run.store.uri, card, files)
+    rows = sum(n["rows"] for n in notes)  # more than the curated ones where an order repeats some
+    exported = Exported(rows, len(parts), schema, run.store.uri, card, files)
     closing = export.finish(exported, [n["notes"] for n in notes])
     for file, content in closing.items():
         directory.write(content, file)
@@ -128,7 +129,7 @@ def write_export(run: FedRun, export: Export, target: str, order: StoredOrder | 
         "recipe": export.model_dump(mode="json"),
         "curated": run.curated.fingerprint,
         "order": order.name if order else None,
-        "rows": sum(n["rows"] for n in notes),
+        "rows": rows,
         "files": [*files, *closing],
     }
     memory.write(json.dumps(described, indent=2).encode(), "export.json")

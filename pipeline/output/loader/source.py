@@ -159,6 +159,8 @@ def open_curated(run: str, split: str = "train") -> RowSource:
 
 def open_order(run: str, name: str) -> RowSource:
     """Curated rows in a stored order, from the files that it was arranged in. Raises ConfigError, CorpusError."""
+    from pipeline.output.order.base import StoredOrder
+
     store = Store(run).child("order", name)
     described = _described_by(run, store, "order.json", "order")
     if described["kind"] == "source":
@@ -169,15 +171,19 @@ def open_order(run: str, name: str) -> RowSource:
             f"order: the rows of {name!r} do not lie in its order yet: run `tamis order {run} --kind "
             f"{described['kind']} --rows` first"
         )
-    expected = [(p["file"], p["rows"], None) for p in described["parts"]]
+    order = StoredOrder(store, described)
+    expected = [(p["file"], p["rows"], order.rows_mark(i)) for i, p in enumerate(described["parts"])]
     return _open(f"order/{name}", rows, expected, "arrange the order again", ordered=True)
 
 
 def open_packed(run: str, name: str) -> RowSource:
     """The sequences of a packed set, in their order where they were packed in one. Raises ConfigError, CorpusError."""
+    from pipeline.output.pack.base import part_mark
+
     store = Store(run).child("packed", name)
     described = _described_by(run, store, "packed.json", "packed")
-    expected = [(p["file"], p["rows"], None) for p in described["parts"]]
+    mark = described["fingerprint"]
+    expected = [(p["file"], p["rows"], part_mark(mark, i)) for i, p in enumerate(described["parts"])]
     ordered = bool(described.get("order"))
     return _open(f"packed/{name}", store, expected, "pack it again", packed=True, ordered=ordered)
 
@@ -206,15 +212,13 @@ def _described_by(run: str, store: Store, file: str, key: str) -> dict[str, Any]
     return described
 
 
-def _open(
-    name: str, directory: Store, expected: Sequence[tuple[str, int, str | None]], mend: str, **facts: bool
-) -> RowSource:
+def _open(name: str, directory: Store, expected: Sequence[tuple[str, int, str]], mend: str, **facts: bool) -> RowSource:
     """Read the footers of files given as (name, rows, fingerprint)."""
     if not expected:
         raise ConfigError(f"{directory.uri} has no rows to load")
     there = directory.files()
 
-    def look(file: tuple[str, int, str | None]) -> tuple[Part, pa.Schema, int]:
+    def look(file: tuple[str, int, str]) -> tuple[Part, pa.Schema, int]:
         base, rows, wanted = file
         uri = directory.locate(base)
         if base not in there:
@@ -225,7 +229,7 @@ def _open(
         except (pa.ArrowException, OSError) as error:
             raise CorpusError(f"{uri}: {error}: {mend}") from error
         mark = _mark(footer)
-        if footer.num_rows != rows or wanted not in (None, mark):
+        if (footer.num_rows, mark) != (rows, wanted):
             raise CorpusError(
                 f"{uri} is not the file that the run describes: it has fingerprint {mark or 'none'} and "
                 f"{footer.num_rows:,} rows, the run says {wanted} and {rows:,} rows: {mend}"

@@ -45,7 +45,7 @@ class FedPart:
     def batches(
         self, columns: list[str] | None = None, rows: int = 1024
     ) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        """Rows, and their ordinals in the curated set, int64 (n,)."""
+        """Rows, and their ordinals in the curated set, int64 (n,). Raises CorpusError for a file that has changed."""
         if self.order is None:
             start = int(self.curated.edges[self.number])
             for batch in self.curated.batches(self.number, columns, rows):
@@ -55,7 +55,9 @@ class FedPart:
         ordinals = self.curated.edges[addresses["file"].to_numpy()] + addresses["row"].to_numpy()
         start = 0
         store = self.order.store
-        with pq.ParquetFile(store.filesystem.open_input_file(store.at(ROWS, part_name(self.number)))) as file:
+        name = part_name(self.number)
+        with pq.ParquetFile(store.filesystem.open_input_file(store.at(ROWS, name))) as file:
+            self.order.check_mark(file.schema_arrow, self.order.rows_mark(self.number), ROWS, name)
             for batch in file.iter_batches(rows, columns=columns, use_threads=False):
                 yield batch, ordinals[start : (start := start + batch.num_rows)]
 
@@ -76,7 +78,7 @@ def fed_parts(run: FedRun, order: StoredOrder | None) -> list[FedPart]:
 def arrange(run: FedRun, order: StoredOrder) -> None:
     """Write the rows of an order, in its order, beside it; parts that are there stay."""
     rows = [p["rows"] for p in order.described["parts"]]
-    marks = [fingerprint("arranged", 1, order.fingerprint, i) for i in range(len(rows))]
+    marks = [order.rows_mark(i) for i in range(len(rows))]
     todo = [i for i, mark in enumerate(marks) if not _done(order.store, i, mark, rows[i])]
     if not todo:
         return

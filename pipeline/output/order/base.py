@@ -20,6 +20,9 @@ by number, relative to the curated directory), `parts` ([{file, rows}]) and `abo
 Where somebody reads the rows one after the other (`tamis pack`, `tamis export`, `tamis feed`), they also lie there,
 `rows/part-00000.parquet` for every part: the curated rows, all columns, in the order of the part's addresses.
 
+The footers of both carry fingerprints that follow from that of the order (`addresses_mark`, `rows_mark`). Readers
+refuse a part that has another one, such as what a crash leaves of an order that was being made anew.
+
 The validation file of the nanochat layout is in no order.
 """
 
@@ -30,18 +33,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import AfterValidator, Field
 
 from pipeline.corpus.storage import Store
-from pipeline.engine.parts import part_info, part_name, write_part
+from pipeline.engine.parts import FINGERPRINT, part_info, part_name, survey, write_part
 from pipeline.engine.reading import Layout
 from pipeline.engine.regroup import Block, Regroup, read_block, read_group, write_groups
-from pipeline.errors import ConfigError, TamisError
+from pipeline.errors import ConfigError, CorpusError, TamisError
 from pipeline.hashing import mix64
 from pipeline.output.feeding import ORDINAL, CuratedSet, FedRun
 from pipeline.recipe import Recipe, State, fingerprint
@@ -96,17 +99,22 @@ class Placing:
         return tuple(dict.fromkeys([ORDINAL, *self.inputs]))
 
 
+def checked_name(value: str) -> str:
+    """A name that can be that of a directory. Raises ValueError."""
+    if not value.replace("-", "").replace("_", "").replace(".", "").isalnum() or value[0] == ".":
+        raise ValueError(f"{value!r} cannot name a directory: use letters, digits, `-`, `_` and `.`")
+    return value
+
+
+Name = Annotated[str, AfterValidator(checked_name)]
+
+
 class Order(Recipe, ABC):
     """An order. Subclasses live in `pipeline/output/order/<kind>.py` and fix `kind` to the module's name."""
 
     kind: str
-    name: str | None = Field(None, description="what it is stored as below <run>/order (default: its kind)")
+    name: Name | None = Field(None, description="what it is stored as below <run>/order (default: its kind)")
     seed: int | None = Field(None, description="seed of what is drawn (default: the run's)")
-
-    @field_validator("name")
-    @classmethod
-    def _one_name(cls, value: str | None) -> str | None:
-        return checked_name(value)
 
     @property
     def stored_as(self) -> str:
@@ -115,15 +123,6 @@ class Order(Recipe, ABC):
     @abstractmethod
     def placing(self, run: FedRun, seed: int) -> Placing:
         """Fit what is needed, and say how rows are placed."""
-
-
-def checked_name(value: str | None) -> str | None:
-    """A name that can be that of a directory. Raises ValueError."""
-    if value is not None and not (
-        value.replace("-", "").replace("_", "").replace(".", "").isalnum() and value[0] != "."
-    ):
-        raise ValueError(f"{value!r} cannot name a directory: use letters, digits, `-`, `_` and `.`")
-    return value
 
 
 def drawn(ordinals: np.ndarray, seed: int, stream: int = 0) -> np.ndarray:
@@ -179,9 +178,29 @@ class StoredOrder:
         return [p["file"] for p in self.described["parts"]]
 
     def addresses(self, part: int) -> pa.Table:
-        """Addresses of one part, in order."""
+        """Addresses of one part, in order. Raises CorpusError for a part of another order."""
         with self.store.filesystem.open_input_file(self.store.at(self.parts[part])) as source:
-            return pq.read_table(source, use_threads=False)
+            table = pq.read_table(source, use_threads=False)
+        self.check_mark(table.schema, addresses_mark(self.fingerprint, part, len(self.parts)), self.parts[part])
+        return table.replace_schema_metadata(None)
+
+    def rows_mark(self, part: int) -> str:
+        """Fingerprint in the footer of a part of the curated rows, where they lie in this order."""
+        return fingerprint("arranged", 1, self.fingerprint, part)
+
+    def check_mark(self, schema: pa.Schema, mark: str, *names: str) -> None:
+        """Raise CorpusError for a file whose fingerprint is not this one."""
+        found = (schema.metadata or {}).get(FINGERPRINT, b"").decode()
+        if found != mark:
+            raise CorpusError(
+                f"{self.store.locate(*names)} is not of the order that order.json describes: it has fingerprint "
+                f"{found or 'none'}, not {mark}: run `tamis order` again"
+            )
+
+
+def addresses_mark(order: str, part: int, parts: int) -> str:
+    """Fingerprint in the footer of a part of an order's addresses. `order`: that of the order."""
+    return fingerprint(order, part, parts)
 
 
 def write_order(run: FedRun, order: Order) -> StoredOrder:
@@ -241,9 +260,11 @@ def _stored(store: Store, identity: str) -> dict[str, Any] | None:
         described: dict[str, Any] = json.loads(store.read("order.json"))
     except FileNotFoundError:
         return None
-    there = store.files()
-    whole = described["fingerprint"] == identity and all(p["file"] in there for p in described["parts"])
-    return described if whole else None
+    if described["fingerprint"] != identity:
+        return None
+    parts = described["parts"]
+    wanted = {i: (addresses_mark(identity, i, len(parts)), p["rows"]) for i, p in enumerate(parts)}
+    return None if survey(store, (), wanted)[0] else described
 
 
 def _sweep(store: Store, parts: Sequence[dict[str, Any]]) -> None:
@@ -321,7 +342,7 @@ class SortTask:
     edges: np.ndarray
 
     def __call__(self, part: int, attempt: int) -> dict[str, Any]:
-        mark = fingerprint(self.fingerprint, part, self.job.partitions)
+        mark = addresses_mark(self.fingerprint, part, self.job.partitions)
         done = part_info(self.store, part_name(part))
         if done is not None and done.fingerprint == mark:
             return {"rows": done.rows, "bytes": 0}

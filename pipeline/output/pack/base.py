@@ -19,6 +19,9 @@ curated set, as in `order.json`), `order` (name and fingerprint of the order tha
 `utilisation` (tokens / (sequences x length)), `cropped` (share of tokens that are in no sequence), `split` (share of
 the documents that are in several pieces), `truncated` (share of those no longer than a sequence that are in several
 pieces) and `skipped` (rows that could not be packed, by reason).
+
+The footer of a part carries a fingerprint that follows from that of the set (`part_mark`), and the loader refuses a
+part that has another one, such as what a crash leaves of a set that was being packed anew.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.corpus.storage import Store
 from pipeline.corpus.text import clean_text
@@ -41,7 +44,7 @@ from pipeline.engine.parts import FINGERPRINT, part_name
 from pipeline.errors import ConfigError, TamisError
 from pipeline.output.feeding import CuratedSet, FedRun
 from pipeline.output.order._arrange import FedPart, fed_parts
-from pipeline.output.order.base import StoredOrder, checked_name
+from pipeline.output.order.base import Name, StoredOrder
 from pipeline.output.pack._tokens import Encoder, encoder, field_of, ragged
 from pipeline.recipe import Recipe, fingerprint
 
@@ -96,13 +99,8 @@ class Pack(Recipe, ABC):
     mask: str | None = Field(None, description="column with a list of flags a row: which of its tokens are learnt")
     end_id: int | None = Field(None, ge=0, description="with `ids`: the token of the padding")
     window: int = Field(1 << 24, ge=1, description="tokens that are packed together; a worker holds so many")
-    name: str | None = Field(None, description="what it is stored as below <run>/packed (default: kind and length)")
+    name: Name | None = Field(None, description="what it is stored as below <run>/packed (default: kind and length)")
     seed: int | None = Field(None, description="seed of what is shuffled (default: the run's)")
-
-    @field_validator("name")
-    @classmethod
-    def _one_name(cls, value: str | None) -> str | None:
-        return checked_name(value)
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -221,6 +219,11 @@ def schema_of(length: int) -> pa.Schema:
     return pa.schema([*fields, ("loss_mask", pa.list_(pa.bool_(), length)), ("rows", pa.list_(pa.int64()))])
 
 
+def part_mark(packed: str, part: int) -> str:
+    """Fingerprint in the footer of a part. `packed`: that of the packed set, which changes with all that is in it."""
+    return fingerprint(packed, part)
+
+
 def cu_seqlens(document: np.ndarray) -> np.ndarray:
     """Boundaries of the documents of one sequence, as kernels for variable lengths take them: int32, 0 first, the
     number of tokens without padding last. `document`: (length,)."""
@@ -240,7 +243,7 @@ class PackTask:
     identity: str
 
     def __call__(self, part: FedPart, attempt: int) -> dict[str, Any]:
-        mark, name = fingerprint(self.identity, part.fingerprint), part_name(part.number)
+        mark, name = part_mark(self.identity, part.number), part_name(part.number)
         if (done := _notes(self.store, name, mark)) is not None:
             return {"rows": part.rows, "bytes": 0, "notes": done}
         pack = self.pack
