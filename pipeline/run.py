@@ -35,7 +35,7 @@ from pipeline import __version__
 from pipeline.artifact import Artifact, BuildTask
 from pipeline.corpus.chat import TYPES, Chat, template_of
 from pipeline.corpus.images import is_image
-from pipeline.corpus.listing import File, list_corpus, read_footers, reference_schema
+from pipeline.corpus.listing import File, list_corpus, read_footers, schema_with
 from pipeline.corpus.shards import MIB, Shard, default_shard_bytes, plan_shards
 from pipeline.corpus.storage import Store
 from pipeline.corpus.tar import index_place, is_tar
@@ -176,12 +176,11 @@ class Run:
             roles = [corpus.text, corpus.image, *corpus.chat_columns, corpus.id]
             wanted = list(dict.fromkeys([*corpus.columns, *(name for name in roles if name is not None)]))
         self.listing = list_corpus(corpus.paths, self.store, wanted, corpus.refresh, self._read_chunks)
-        self.schema = reference_schema(self.listing)
-        self._of_tars = all(map(is_tar, self.listing["uri"].to_pylist()))
         named = {"text": corpus.text, "image": corpus.image, "id": corpus.id, "source": corpus.source}
+        names = [*named.values(), *corpus.chat_columns]
+        self.schema = schema_with(self.listing, [name for name in names if name is not None])
+        self._has_tars = any(map(is_tar, self.listing["uri"].to_pylist()))
         for role, name in named.items():
-            if name is not None and name not in self.schema.names and self._of_tars and name.startswith("json."):
-                self.schema = self.schema.append(pa.field(name, pa.string()))
             if name is not None and name not in self.schema.names:
                 columns = ", ".join(self.schema.names)
                 raise ConfigError(f"corpus.{role}: the corpus has no column {name!r}; it has {columns}")
@@ -288,7 +287,8 @@ class Run:
             raise ConfigError(f"a recipe reads column {missing!r}; the corpus has {', '.join(self.schema.names)}")
         if sources:
             chat = self.layout.chat if reference in TYPES else None
-            return f"chat:{chat.identity}:{reference}" if chat else f"source:{sources[0]}{self._limits(sources[0])}"
+            value = f"chat:{chat.identity}:{reference}" if chat else f"source:{sources[0]}"
+            return value + self._limits(sources[0])
         if column == "address":
             return reference
         if column not in self.plans:
@@ -300,7 +300,7 @@ class Run:
         corpus = self.config.corpus
         if source == corpus.image:
             return f":{corpus.max_image_bytes}:{corpus.image_roots}"
-        return f":{corpus.max_image_bytes}" if self._of_tars else ""
+        return f":{corpus.max_image_bytes}" if self._has_tars else ""
 
     def plan(self, column: Column) -> Plan:
         """Fix what a column's values depend on; later columns and statistics can then refer to it."""

@@ -69,6 +69,8 @@ READERS = 16
 FILES_A_RUN = 64
 TAIL_BYTES = 64 << 10
 """What is read of a file's end at first: nearly every footer is smaller, and an object store charges by the request."""
+DOCUMENT = "json."
+"""What a field of a tar's documents is named with."""
 WILDCARD = re.compile(r"[*?\[]")
 
 
@@ -259,11 +261,21 @@ def reference_schema(listing: pa.Table) -> pa.Schema:
     return pa.ipc.read_schema(pa.BufferReader(usable["schema"][0].as_py()))
 
 
+def schema_with(listing: pa.Table, names: Iterable[str]) -> pa.Schema:
+    """`reference_schema` and, where all files that are used are tars, the fields of documents among `names`."""
+    schema = reference_schema(listing)
+    used = listing.filter(pc.and_(listing["error"].is_null(), pc.invert(listing["gone"])))["uri"].to_pylist()
+    if all(map(is_tar, used)):
+        fields = [name for name in dict.fromkeys(names) if name.startswith(DOCUMENT)]
+        schema = pa.schema([*schema, *(pa.field(name, pa.string()) for name in fields)])
+    return schema
+
+
 def _mark_other_schemas(listing: pa.Table, columns: Sequence[str] | None) -> pa.Table:
     """Say of every file whose columns differ from the first one's how they differ."""
     reference = reference_schema(listing)
     if columns is not None and reference == SCHEMA:  # fields of a tar's documents are columns that no schema lists
-        columns = [name for name in columns if not name.startswith("json.")]
+        columns = [name for name in columns if not name.startswith(DOCUMENT)]
     missing = [name for name in columns or () if name not in reference.names]
     if missing:
         raise CorpusError(f"the corpus has no column {missing[0]!r}; it has {', '.join(reference.names)}")

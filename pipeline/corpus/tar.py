@@ -1,8 +1,8 @@
 """Tars of samples read in place, by the run's index of them (`pipeline.corpus.tar_index`); nothing is unpacked.
 
 A tar is a table with the columns `key`, `image`, `text` and `json`; a field of the JSON documents is one more column,
-`json.FIELD` (or `json.OUTER.INNER`), as text. A sample that the index has a fault for, or one of whose members is
-larger than the limit, has nothing but its key, and `FAULT` says why.
+`json.FIELD` (or `json.OUTER.INNER`), as text. A document that is not UTF-8 is null. A sample that the index has a
+fault for, or one of whose members is larger than the limit, has nothing but its key, and `FAULT` says why.
 
 Only the members asked for are read. Those that lie near each other come in one read, up to 4 MiB a time: in an object
 store a request costs as much as 256 KiB, so there captions are mostly read along with the images between them.
@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 
 from pipeline.corpus.storage import is_remote, resolve
 from pipeline.corpus.tar_index import COMPRESSED_NAMES, INDEX, ROLES, SCHEMA, compressed, index_tar
+from pipeline.corpus.text import as_utf8
 from pipeline.errors import CorpusError
 
 if TYPE_CHECKING:
@@ -167,7 +168,9 @@ def _batch(
     members = {role: [next(read) if there else None for there in wanted[role]] for role in roles}
     values = {role: pa.array(members[role], pa.binary()) for role in roles}
     made = {"key": index["key"].combine_chunks(), FAULT: index["fault"].combine_chunks()}
-    made |= {role: v if role == "image" else v.view(pa.string()) for role, v in values.items()}
+    made |= {role: v if role == "image" else v.view(pa.string()) for role, v in values.items() if role != "json"}
+    if "json" in values:  # JSON is UTF-8, and what is not would spoil the file that it is carried to
+        made["json"] = as_utf8(values["json"])[0]
     for column in columns:
         if column not in made:
             made[column] = _json_field(members["json"], column.split(".")[1:])

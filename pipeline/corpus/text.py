@@ -21,7 +21,7 @@ def clean_text(values: pa.Array) -> tuple[pa.Array, pa.Array | None]:
     """
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
-    text, broken = _as_utf8(values)
+    text, broken = as_utf8(values)
     blank = _blank_rows(text)
     if text.null_count == 0 and not blank.any():
         return text, None
@@ -32,7 +32,7 @@ def clean_text(values: pa.Array) -> tuple[pa.Array, pa.Array | None]:
     return pc.if_else(reasons.is_null(), text, pa.scalar(None, text.type)), reasons
 
 
-def _as_utf8(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
+def as_utf8(values: pa.Array) -> tuple[pa.Array, np.ndarray]:
     """Values as string, null where they are not UTF-8, and the mask of those; shape (n,)."""
     import polars as pl  # checks three times as fast as Arrow's own cast, which would cost a fifth of reading
 

@@ -66,7 +66,7 @@ def decode(data: bytes, short_side: int = 0) -> Image.Image | str:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(BytesIO(data), formats=_formats()) as image:
+        with Image.open(BytesIO(data), formats=formats()) as image:
             pixels = image.width * image.height
             if pixels > MAX_PIXELS:
                 return _too_large(pixels)
@@ -89,7 +89,8 @@ def decode(data: bytes, short_side: int = 0) -> Image.Image | str:
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow can open."""
     from PIL import Image
 
     Image.init()

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.errors import MissingExtra
-from pipeline.models.images import FORMATS, ORIENTATION, quiet
+from pipeline.models.images import ORIENTATION, formats, quiet
 from pipeline.recipe import QUARANTINE, Column, Transform, fingerprint
 
 NAME = "image_info"
@@ -50,15 +50,13 @@ def image_info(max_pixels: int = MAX_PIXELS) -> Column:
 
 def _open(max_pixels: int) -> Transform:
     try:
-        from PIL import Image
+        known = formats()
     except ImportError as error:
         raise MissingExtra("reading the headers of images", "vision", "pillow") from error
-    Image.init()
-    formats = tuple(f for f in FORMATS if f in Image.OPEN)
 
     def transform(batch: pa.RecordBatch) -> pa.RecordBatch:
         with quiet():
-            rows = [_inspect(content, formats, max_pixels) for content in batch.column("image").to_pylist()]
+            rows = [_inspect(content, known, max_pixels) for content in batch.column("image").to_pylist()]
         return pa.RecordBatch.from_arrays(
             [pa.array(v, f.type) for v, f in zip(zip(*rows, strict=True), FIELDS, strict=True)], schema=FIELDS
         )

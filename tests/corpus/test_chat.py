@@ -135,6 +135,12 @@ def test_a_template_writes_markup_and_the_end_of_a_response_is_learnt() -> None:
     ).replace("bye", "")
 
 
+def test_what_a_user_says_is_not_the_end_of_a_response() -> None:
+    bare = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    found = chatml([("assistant", "a"), ("user", "<|im_end|>b")], template=bare)
+    assert pieces(found, "targets") == [["a"]]
+
+
 def test_what_the_template_says_of_its_responses_is_believed() -> None:
     template = "{% for m in messages %}<{{ m.role }}>{% generation %}{{ m.content }}!{% endgeneration %}{% endfor %}"
     found = chatml([("user", "a"), ("assistant", "b")], template=template)

@@ -43,15 +43,16 @@ def read(run: Any, *roles: str, batch_rows: int = 1024) -> list[tuple[Any, ...]]
 
 @pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
 def test_bytes(tmp_path: Path, open_run: Any, kind: pa.DataType) -> None:
-    path = corpus(tmp_path, image=pa.array([b"one", None, b"", b"x" * 3000], kind), text=["a", "b", "c", "d"])
+    path = corpus(tmp_path, image=pa.array([b"one", None, b"", b"x" * 2001, b"x" * 2000], kind), text=list("abcde"))
     with open_run(path, corpus_options=IMAGE | {"max_image_mb": 2000 / (1 << 20)}) as run:
         assert read(run, "image", "text") == [
             (b"one", "a", None),
             (None, "b", "caption without image"),
             (None, "c", "empty image"),
             (None, "d", TOO_LARGE),
+            (b"x" * 2000, "e", None),
         ]
-        assert [why for *_, why in read(run, "image")] == [None, NULL_IMAGE, "empty image", TOO_LARGE]
+        assert [why for *_, why in read(run, "image")] == [None, NULL_IMAGE, "empty image", TOO_LARGE, None]
 
 
 def test_images_without_captions_go_to_quarantine_and_so_does_the_reverse(tmp_path: Path, open_run: Any) -> None:
@@ -94,7 +95,8 @@ def test_paths_are_relative_to_the_file_and_stay_there(
     inside = tmp_path / "data" / "in"
     inside.mkdir(parents=True)
     (inside / "a.png").write_bytes(b"one")
-    (inside / "large.png").write_bytes(b"x" * 3000)
+    (inside / "large.png").write_bytes(b"x" * 2001)
+    (inside / "full.png").write_bytes(b"x" * 2000)
     (inside / "link.png").symlink_to(inside / "a.png")
     (inside / "out.png").symlink_to(secret)
     os.mkfifo(inside / "pipe.png")
@@ -115,16 +117,20 @@ def test_paths_are_relative_to_the_file_and_stay_there(
         "in": MISSING,
         "in/pipe.png": MISSING,
         "in/large.png": TOO_LARGE,
+        "in/full.png": b"x" * 2000,
         str(shared / "s.png"): OUTSIDE,
         None: NULL_IMAGE,
+        **{f"in/none-{i}.png": MISSING for i in range(20)},
     }
-    path = corpus(tmp_path, image=pa.array(list(paths), kind), text=["t"] * len(paths))
+    texts = [f"text {i}" for i in range(len(paths))]
+    path = corpus(tmp_path, image=pa.array(list(paths), kind), text=texts)
     tight = IMAGE | {"max_image_mb": 2000 / (1 << 20)}
     with open_run(path / "a.parquet", corpus_options=tight) as run:
         found = read(run, "image")
         assert dict(zip(paths, [image or why for image, why in found], strict=True)) == paths
         monkeypatch.setattr("pipeline.corpus.shards.BATCH_BYTES", 1)  # an image or sixteen at a time
         assert read(run, "image") == found
+        assert [text for _, text, _ in read(run, "image", "text")] == texts
         before = run._reference("image")
     with open_run(path / "a.parquet", name="2", corpus_options=tight | {"image_roots": [str(shared)]}) as run:
         assert read(run, "image")[list(paths).index(str(shared / "s.png"))] == (b"shared", None)
@@ -220,7 +226,7 @@ def test_a_recipe_that_reads_what_is_not_there(tmp_path: Path, open_run: Any) ->
 
 def test_a_sample_of_images_holds_whole_ones_or_none(tmp_path: Path, open_run: Any) -> None:
     rng = np.random.default_rng(0)
-    content = [rng.bytes(int(n)) for n in rng.integers(1, 200, 40)]
+    content = [rng.bytes(100 + i % 2) for i in range(40)]
     path = corpus(tmp_path, image=content, text=[f"t{i}" for i in range(40)])
     with open_run(path, corpus_options=IMAGE) as run:
         run.materialize([row_column(False, None, image=True)])

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pipeline.corpus import tar_index
 from pipeline.corpus.shards import read_source
 from pipeline.corpus.storage import Store
-from pipeline.corpus.tar import FAULT, index_place, take_from_tar
+from pipeline.corpus.tar import FAULT, _cuts, index_place, take_from_tar
 from pipeline.corpus.tar_index import index_tar, sample_of
 from pipeline.engine.reading import REASON, read_shard
 from pipeline.errors import ConfigError, CorpusError
@@ -318,7 +318,7 @@ def test_compressed_tars_and_other_files_are_refused_with_advice(tmp_path: Path,
 
 
 def test_members_above_the_limit_are_not_read(tmp_path: Path, open_run: Any) -> None:
-    samples = {"a": {"jpg": b"x" * 3000, "txt": b"one"}, "b": {"jpg": b"y", "txt": b"two"}}
+    samples = {"a": {"jpg": b"x" * 2049, "txt": b"one"}, "b": {"jpg": b"y" * 2048, "txt": b"two"}}
     samples["c"] = {"jpg": b"z", "txt": b"three", "json": b" " * 3000}
     write_tar(tmp_path / "a.tar", samples)
     tight = PAIRS | {"max_image_mb": 2048 / (1 << 20)}
@@ -400,6 +400,40 @@ def test_fields_of_the_documents_are_columns(tmp_path: Path, open_run: Any) -> N
         assert shown == {(0, 0): ["one"], (0, 1): ["2.5"]}
 
 
+def test_conversations_of_documents(tmp_path: Path, open_run: Any) -> None:
+    documents = [{"q": "one?", "a": "Eins."}, {"q": "two?"}]
+    write_tar(tmp_path / "a.tar", {f"{i}": {"json": json.dumps(d).encode()} for i, d in enumerate(documents)})
+    options = {"prompt": "json.q", "response": "json.a", "id": "key", "source": "json.q"}
+    with open_run(tmp_path / "a.tar", corpus_options=options) as run:
+        assert run.schema.names == [*COLUMNS, "json.q", "json.a"]
+        found = [b["text"].to_pylist() for s in run.live for b in read_shard(run.layout, s, ["text"], 1024)]
+        assert found == [["one?\n\nEins.", None]]
+        assert unusable(run, "text") == {1: "no response"}
+        before = run.identity("text")
+    with open_run(tmp_path / "a.tar", name="2", corpus_options=options | {"max_image_mb": 1}) as run:
+        assert run.identity("text") != before  # a document may now be too large
+
+
+def test_documents_that_are_not_utf8_spoil_no_file(tmp_path: Path, open_run: Any) -> None:
+    write_tar(tmp_path / "a.tar", {"a": {"txt": b"a", "json": b'{"n": "\xff"}'}, "b": {"txt": b"b", "json": b"{}"}})
+    with open_run(tmp_path / "a.tar") as run:
+        batches = [b for s in run.live for b in read_source(s, ["json", "json.n"], 1024)]
+        assert [b.to_pylist() for b in batches] == [[{"json": None, "json.n": None}, {"json": "{}", "json.n": None}]]
+
+
+def test_fields_of_documents_are_of_tars_alone(tmp_path: Path, open_run: Any) -> None:
+    pq.write_table(pa.Table.from_pylist(as_rows(some_samples(2)), tar_index.SCHEMA), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r"no column 'json.caption'"):
+        open_run(tmp_path / "a.parquet", corpus_options={"text": "json.caption"}).__enter__()
+
+
+def test_batches_hold_as_many_bytes_as_they_may() -> None:
+    size = pa.array([3, 3, 3, 9, 3, None, 3])
+    index = pa.table({"text_size": size, "fault": pa.array([None] * 4 + ["bad"] + [None] * 2, pa.string())})
+    assert list(_cuts(index, ["text"], 100, 6)) == [(0, 2), (2, 3), (3, 4), (4, 7)]
+    assert list(_cuts(index, ["text"], 2, 100)) == [(0, 2), (2, 4), (4, 6), (6, 7)]
+
+
 def test_columns_that_a_tar_does_not_have(tmp_path: Path, open_run: Any) -> None:
     write_tar(tmp_path / "a.tar", some_samples(1))
     with pytest.raises(ConfigError, match=r"corpus.text: the corpus has no column 'caption'; it has key, image, text"):
@@ -409,13 +443,16 @@ def test_columns_that_a_tar_does_not_have(tmp_path: Path, open_run: Any) -> None
 
 
 def test_rows_are_shown_by_their_address_and_only_their_start_is_read(tmp_path: Path, open_run: Any) -> None:
-    samples = {f"{i}": {"jpg": b"x", "txt": b"%d" % i * 9000} for i in range(5)}
+    samples = {
+        f"{i}": {"jpg": b"x", "txt": b"%d" % i * 9000, "json": json.dumps({"pad": "x" * 9000, "n": i}).encode()}
+        for i in range(5)
+    }
     write_tar(tmp_path / "a.tar", samples)
     with open_run(tmp_path / "a.tar", corpus_options=PAIRS) as run:
         shown = read_rows(run.shards, [(0, 3), (0, 1)], ["text", "key"])
         assert shown == {(0, 1): ["1" * 4096, "1"], (0, 3): ["3" * 4096, "3"]}
-        taken = take_from_tar(run.shards[0].pieces[0], 0, np.array([4]), ["text", FAULT], 3)
-        assert taken.to_pylist() == [{"text": "444", FAULT: None}]
+        taken = take_from_tar(run.shards[0].pieces[0], 0, np.array([4]), ["text", "json.n", FAULT], 3)
+        assert taken.to_pylist() == [{"text": "444", "json.n": "4", FAULT: None}]  # a document is read whole
 
 
 def test_a_tar_beside_the_curated_parquet_of_another(tmp_path: Path, open_run: Any) -> None:

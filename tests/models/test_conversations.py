@@ -15,10 +15,11 @@ pytest.importorskip("torch")
 
 from tiny_lm import TINY, sentences
 
-from pipeline.corpus.chat import Chat, Rendered, template_of
+from pipeline.corpus.chat import SPANS, Chat, Rendered, template_of
 from pipeline.curation import curate
-from pipeline.models.causal import Scorer, losses_of, row_losses, token_column
+from pipeline.models.causal import NO_TARGET, Scorer, inside, losses_of, row_losses, token_batch, token_column
 from pipeline.models.training import lm_loss, new_lm, pack, save_lm, train_lm, train_tokenizer
+from pipeline.recipe import QUARANTINE
 from pipeline.sample import Sample, sampled
 from pipeline.scores._influence import Reader
 
@@ -87,6 +88,20 @@ def test_a_token_is_learnt_where_it_shares_a_character_with_a_response(tuned: Pa
     places = scorer.tokenizer.encode("birch birch birch").offsets
     assert read.target is not None
     assert read.target.tolist() == [(a < 8 and b > 7) or b > 14 for a, b in places]
+
+
+def test_a_token_lies_in_a_span_with_all_of_it() -> None:
+    places, offsets = np.array([[0, 2], [2, 3], [3, 5], [0, 1], [1, 4]]), np.array([0, 3, 5])
+    spans = [[{"start": 0, "end": 2}, {"start": 3, "end": 5}], [{"start": 0, "end": 3}]]
+    held = inside(places, offsets, pa.array(spans, SPANS))
+    assert held.tolist() == [True, False, True, True, False]
+
+
+def test_a_response_of_the_first_token_alone_is_not_learnt() -> None:
+    ids, offsets, logp = np.arange(5, dtype=np.int32), np.array([0, 3, 5]), np.full(5, -1, np.float32)
+    batch = token_batch(ids, offsets, logp, np.array([True, False, False, False, True]))
+    assert batch.column(QUARANTINE).to_pylist() == [NO_TARGET, None]
+    assert batch["target"].to_pylist() == [None, [True]]
 
 
 def test_losses_are_of_the_responses(tuned: Path, open_run: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import struct
 import threading
 import time
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.models import images
+from pipeline.models.image_text import encode_images
 from pipeline.models.images import Preprocess, decode, quiet, stream
 
 Image = pytest.importorskip("PIL.Image")
@@ -244,3 +246,27 @@ def test_memory_that_runs_out_is_not_taken_for_a_bad_image(monkeypatch: pytest.M
     monkeypatch.setattr(images, "_rgb", exhausted)
     with pytest.raises(MemoryError):
         list(stream(pa.array([encoded(picture())]), CLIP, 4, 2))
+
+
+def test_pixels_that_are_scaled_otherwise_have_their_moments_scaled_back(tmp_path: Path) -> None:
+    config = {"size": {"height": 8, "width": 8}, "rescale_factor": 2 / 255, "image_mean": 0.5, "image_std": 0.25}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    found = Preprocess.of_folder(tmp_path)  # (2 x - 0.5) / 0.25 of x in [0, 1]
+    assert found.mean == pytest.approx((0.25,) * 3)
+    assert found.std == pytest.approx((0.125,) * 3)
+
+
+def test_a_model_that_sees_groups_of_one_size_gives_the_same_rows() -> None:
+    column = pa.array([encoded(picture(seed=i)) for i in range(5)], pa.binary())
+    seen = list[int]()
+
+    class Mean:
+        preprocess = Preprocess(8, 8, "squash")
+
+        def images(self, pixels: np.ndarray) -> np.ndarray:
+            seen.append(len(pixels))
+            return pixels.mean((1, 2), dtype=np.float32)
+
+    plain, fixed = (encode_images(Mean(), column, 3, fixed)[0] for fixed in (False, True))
+    assert seen == [3, 2, 3, 3]
+    np.testing.assert_array_equal(plain, fixed)
