@@ -146,10 +146,11 @@ def counts(step: Step, report: dict[str, Any]) -> Step:
     """A step with the counts that it once came to, so that whatever it is calibrated on, its shape is the same.
 
     As it is where counts do not depend on data. Weights that are ranked over all matrices keep their ranking: the model
-    loses as many, and masks have no shape.
+    loses as many, and masks have no shape. So do those that a folded low-rank part fills up again: all are `kept`.
     """
+    filled = isinstance(step, Sparse) and step.low_rank is not None and step.low_rank.fold
     given = isinstance(step, Width) or (isinstance(step, Sparse) and not isinstance(step.allocation, Uniform))
-    if not given:
+    if not given or filled:
         return step
     kept = {name: int(told.split()[0]) for name, told in report["kept"].items()}
     return step.model_copy(update={"allocation": Given(kept=kept)})
@@ -176,7 +177,8 @@ def scheduled_by_chance(schedule: Stepped, seed: int) -> Stepped:
 
 
 def from_scratch(student: nn.Module, seed: int) -> nn.Module:
-    """A model of the same shape with new weights: matrices normal with the configuration's deviation, norms 1."""
+    """A model of the same shape with new weights: matrices and stacks of them normal with the configuration's
+    deviation, norms 1, biases and a router's correction of its scores (a buffer) 0."""
     import torch
 
     fresh = copy.deepcopy(student)
@@ -189,6 +191,8 @@ def from_scratch(student: nn.Module, seed: int) -> nn.Module:
                     parameter.copy_(torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator))
                 else:
                     parameter.fill_(0.0 if name == "bias" else 1.0)
+            if (correction := getattr(module, "e_score_correction_bias", None)) is not None:
+                correction.zero_()
     return fresh
 
 

@@ -22,6 +22,7 @@ from pipeline.compress import folder
 from pipeline.compress.schedule._stepped import Stepped
 from pipeline.compress.steps.experts import Experts
 from pipeline.compress.steps.sparse import Sparse
+from pipeline.compress.steps.stun import Stun
 from pipeline.compress.steps.width import Width
 
 if TYPE_CHECKING:
@@ -119,6 +120,6 @@ def importance_cost(steps: Sequence[Any], passes: Mapping[str, int], dense: Mode
 
 
 def takes_gram(step: Any) -> bool:
-    if isinstance(step, Sparse):
-        return step.refit or step.method.needs == "gram"
+    if isinstance(step, Sparse | Stun):
+        return step.method.needs == "gram" or (isinstance(step, Sparse) and step.refit)
     return isinstance(step, Width) and any(part.kind in GRAM for part in (step.importance, step.compensation) if part)

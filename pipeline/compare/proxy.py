@@ -65,6 +65,8 @@ REFERENCES = ("by", "importance")
 EXAMPLES, RESULT = "examples.npz", "result.json"
 TEACHER = "teacher"
 METRICS = ("target", "mix")
+WHICH = {"at", "seeds", TEACHER}
+"""Settings that say which models are trained: no model depends on them."""
 VERSION = 2
 
 
@@ -138,15 +140,15 @@ def compare_proxy(
         results = train_all(run, learner, base.held, [*trainings, *([teacher] if teacher else [])])
         if teacher:
             results += train_all(run, learner, base.held, [base.taught(t, teacher) for t in trainings])
-        seconds = float(np.mean([r["seconds"] for t, r in results if t.arm not in (LONG, TEACHER)]))
+        seconds = [_seconds(results, learner.steps, taught) for taught in learner.taught]
         names = [RANDOM, *(s.column_name for s in criteria)]
         lines = [
             line
             for at in learner.at
-            for taught in learner.taught
-            for line in _lines(learner, [(t, r) for t, r in results if t.at == at], kept, names, at, taught, seconds)
+            for taught, took in zip(learner.taught, seconds, strict=True)
+            for line in _lines(learner, [(t, r) for t, r in results if t.at == at], kept, names, at, taught, took)
         ]
-        setting = describe(config, learner, base, results[0][1]["parameters"], seconds)
+        setting = describe(config, learner, base, results[0][1]["parameters"], seconds[0])
         report = {
             "setting": setting,
             "proxy": learner.model_dump(mode="json"),
@@ -187,6 +189,11 @@ def _lines(
     return lines
 
 
+def _seconds(results: Sequence[tuple[Training, Result]], steps: int, taught: bool) -> float:
+    """Mean seconds of the trainings of so many steps, all with a teacher or all without."""
+    return float(np.mean([r["seconds"] for t, r in results if t.steps == steps and bool(t.teacher) == taught]))
+
+
 def taught_name(arm: str) -> str:
     """What an arm is called where a teacher taught it."""
     return f"{arm}, taught"
@@ -198,7 +205,7 @@ def _arms_of(config: Config, learner: Learner) -> tuple[list[Score], HeldOut]:
     criteria = [s for s in config.scores if not isinstance(s, Random)]
     if not criteria:
         raise ConfigError("scores: there is nothing to compare with random draws: name a criterion")
-    if taken := next((s.column_name for s in criteria if s.column_name in (RANDOM, TEACHER)), None):
+    if taken := next((s.column_name for s in criteria if s.column_name in (RANDOM, LONG, TEACHER)), None):
         raise ConfigError(f"scores: {taken!r} is an arm of every comparison: give that criterion another `name`")
     held = HeldOut(
         name=HELD,
@@ -249,7 +256,7 @@ class Base:
 
     def training(self, learner: Learner, name: str, at: float, seed: int, arm: Arm) -> Training:
         steps = LONGER * learner.steps if name in (LONG, TEACHER) else learner.steps
-        asked = learner.model_dump(mode="json", exclude={"at", "seeds", "steps", "held_out"})
+        asked = learner.model_dump(mode="json", exclude=WHICH | {"steps", "held_out"})
         identity = fingerprint("proxy", VERSION, asked, steps, seed, arm.data.fingerprint, self.held.fingerprint)
         return Training(name, at, seed, steps, arm.data, self._result(name, at, seed, identity))
 
@@ -257,7 +264,7 @@ class Base:
         """The same training from the answers of a teacher."""
         name = taught_name(training.arm)
         identity = fingerprint("proxy taught", training.result.fingerprint, teacher.result.fingerprint, training.at)
-        result = self._result(name.replace(", ", "-"), training.at, training.seed, identity)
+        result = self._result(name.replace(", ", "."), training.at, training.seed, identity)
         return replace(training, arm=name, result=result, teacher=teacher.result)
 
     def _result(self, name: str, at: float, seed: int, identity: str) -> Artifact:
@@ -288,7 +295,7 @@ def prepare(run: Run, learner: Learner, held: HeldOut) -> Base:
     if left_out := int(total["target"][0]):
         log.warning("target: %d rows of the corpus are texts of the target; no arm trains on them", left_out)
     mix = learner.kept(run, f"{HELD}.score", MIX, None, stream(run.seed, "proxy mix"))
-    described = learner.model_dump(mode="json", exclude={"at", "seeds", "steps", "batch", "lr"})
+    described = learner.model_dump(mode="json", exclude=WHICH | {"steps", "batch", "lr"})
     asked = (described, repr(mix), run.plans[HELD].column.identity)
     identity = fingerprint("proxy held", VERSION, *asked, run.identity(*mix.inputs))
     found = Artifact(HELD, identity, run.store.child("artifacts", HELD))
@@ -333,7 +340,7 @@ def gather(run: Run, learner: Learner, at: float) -> Arm:
 
     kept = learner.kept(run, "select.keep", 1, LONGER * learner.consumed, stream(run.seed, "proxy data"))
     name = f"proxy-data-{score.column_name}-{at:g}"
-    asked = learner.model_dump(mode="json", exclude={"at", "seeds", "lr", "held_out"})
+    asked = learner.model_dump(mode="json", exclude=WHICH | {"lr", "held_out"})
     asked_for = (asked, repr(kept), selection.artifact.fingerprint)
     identity = fingerprint("proxy data", VERSION, *asked_for, run.identity(*kept.inputs))
     state = run.aggregate(kept) if needs_fit(run, name, identity) else {}

@@ -48,7 +48,8 @@ class Interval:
 
 @dataclass(frozen=True)
 class Line:
-    """What became of one arm at one budget. Losses are nats a token; differences are those to random."""
+    """What became of one arm at one budget. Losses are nats a token, of images the share of mistakes; differences are
+    those to random."""
 
     arm: str
     at: float

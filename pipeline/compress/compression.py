@@ -198,7 +198,9 @@ def shrink(model: nn.Module, steps: Sequence[Step], calibration: np.ndarray, bat
         began = time.monotonic()
         outcome = step.apply(done.model, measured)
         batches = measured.batches  # in other tokens, where the step changed the vocabulary
-        done.model, done.masks = outcome.model, _standing(outcome.model, done.masks, step.kind) | outcome.masks
+        standing = _standing(outcome.model, done.masks, step.kind)
+        new = {name: mask & standing[name] if name in standing else mask for name, mask in outcome.masks.items()}
+        done.model, done.masks = outcome.model, standing | new
         done.vocabulary = outcome.vocabulary if outcome.vocabulary is not None else done.vocabulary
         done.passes.update(measured.passes)
         about = {"kind": step.kind, "seconds": round(time.monotonic() - began, 2), "dropped_rows": measured.dropped}

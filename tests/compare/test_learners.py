@@ -12,12 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.compare.learners import images as learner_module
 from pipeline.compare.learners.base import Teacher
-from pipeline.compare.learners.images import Images, KeptImages, loss_of, network, teacher_weight
+from pipeline.compare.learners.images import Images, KeptImages, loss_of, network, scaled, teacher_weight
 from pipeline.compare.proxy import Compared, compare_proxy, settings
 from pipeline.config import parse
 from pipeline.engine.pool import InlinePool
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, TamisError
+from pipeline.recipe import QUARANTINE
 
 torch = pytest.importorskip("torch")
 Image = pytest.importorskip("PIL.Image")
@@ -73,6 +75,7 @@ def test_every_arm_is_taught_too_and_compared_with_a_taught_chance(corpus: dict[
         own, chance = lines[f"el2n{taught}"], lines[f"random{taught}"]
         assert own.mix_difference.mean == pytest.approx(own.mix.mean - chance.mix.mean)
     assert all(0 <= line.mix.mean <= 1 for line in done.lines)
+    assert [line.epochs for line in done.lines] == pytest.approx([30 * 16 / line.rows for line in done.lines])
     assert "mix error" in Path(done.markdown).read_text()
     trained = [(t["arm"], t["steps"]) for t in json.loads(Path(done.json).read_text())["trainings"]]
     assert trained.count(("teacher", 60)) == 1
@@ -81,7 +84,45 @@ def test_every_arm_is_taught_too_and_compared_with_a_taught_chance(corpus: dict[
     files = sorted((tmp_path / "run" / "artifacts").glob("proxy-*/result.json"))
     before = [f.stat().st_mtime_ns for f in files]
     assert compared(corpus, teacher=True) == done
+    plain = compared(corpus)  # of all that was trained, what no teacher had to do with
+    assert [line.mix for line in plain.lines] == [line.mix for line in done.lines[:2]]
     assert [f.stat().st_mtime_ns for f in files] == before
+
+
+def test_a_teacher_answers_as_it_was_trained_and_counts_by_the_share_that_was_kept(
+    corpus: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares, asked = list[float](), list[bool]()
+
+    def weight(share: float) -> float:
+        shares.append(share)
+        return 0.5
+
+    def loss(logits: Any, y: Any, taught: Any, images: Any) -> Any:
+        if taught is not None:
+            asked.append(taught[0].training)
+        return loss_of(logits, y, taught, images)
+
+    monkeypatch.setattr(learner_module, "teacher_weight", weight)
+    monkeypatch.setattr(learner_module, "loss_of", loss)
+    compared(corpus, teacher=True, steps=2)
+    assert shares == [0.4] * 6
+    assert asked
+    assert not any(asked)
+
+
+def test_a_class_that_nothing_is_measured_on_is_left_out_of_training(tmp_path: Path) -> None:
+    learner = Images(size=8, width=4, steps=2, batch=4)
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 192)).astype(np.uint8)
+    held = {"mix": {"pixels": pixels[:4], "class": np.array([7, 3, 7, 3], np.uint64)}}
+    rare = np.array([3, 9, 7, 1, 3, 7, 5, 7], np.uint64)
+    known = np.isin(rare, [3, 7])
+    (alone := tmp_path / "alone").mkdir()
+    learner.train({"pixels": pixels[4:], "class": rare}, held, 2, 0, tmp_path, None)
+    learner.train({"pixels": pixels[4:][known], "class": rare[known]}, held, 2, 0, alone, None)
+    assert (tmp_path / "model.safetensors").read_bytes() == (alone / "model.safetensors").read_bytes()
+    with pytest.raises(TamisError, match="raise the budget"):
+        learner.train({"pixels": pixels[4:5], "class": np.array([1], np.uint64)}, held, 2, 0, tmp_path, None)
 
 
 def test_right_labels_teach_and_wrong_ones_do_not_unless_a_teacher_answers(tmp_path: Path) -> None:
@@ -140,6 +181,27 @@ def test_kept_images_are_those_with_the_smallest_hashes_whatever_the_batches() -
     assert whole["rows"][0] == batch.column(0).true_count
 
 
+def test_what_cannot_be_decoded_is_refused_and_the_others_keep_their_place() -> None:
+    rng = np.random.default_rng(0)
+    images = pa.array([picture(True, rng), b"broken", picture(False, rng)], pa.binary())
+    batch = pa.record_batch([images, pa.array([4, 5, 4])], names=["image", "corpus.label"])
+    fields = pa.schema([("pixels", pa.list_(pa.uint8(), 192)), ("class", pa.uint64()), (QUARANTINE, pa.string())])
+    pixels, classes, why = learner_module._open("corpus.label", fields, 8)(batch).columns
+    assert why.to_pylist() == [None, "not an image of a known format", None]
+    assert pixels.is_valid().to_pylist() == classes.is_valid().to_pylist() == [True, False, True]
+    assert np.mean(pixels[0].as_py()[:96]) > np.mean(pixels[2].as_py()[:96]) + 100
+    assert classes[0] == classes[2]
+
+
+def test_pixels_reach_the_network_between_minus_one_and_one_with_the_colours_in_front() -> None:
+    pixels = np.zeros((1, 2, 2, 3), np.uint8)
+    pixels[0, 0, 1] = (255, 0, 51)
+    images = scaled(pixels, torch.device("cpu"))
+    assert images.shape == (1, 3, 2, 2)
+    assert images[0, :, 0, 1].tolist() == pytest.approx([1, -1, -0.6])
+    assert images[0, :, 1, 1].tolist() == [-1, -1, -1]
+
+
 def test_a_network_is_determined_by_its_seed() -> None:
     one, same, other = (network(4, 3, seed).state_dict()["0.weight"] for seed in (0, 0, 1))
     assert torch.equal(one, same)
@@ -147,6 +209,10 @@ def test_a_network_is_determined_by_its_seed() -> None:
 
 
 def test_mistakes_are_told_before_anything_is_trained(corpus: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="another `name`"):
+        compared(corpus | {"scores": [{"kind": "random", "name": "x"}, corpus["scores"][0] | {"name": "random-x2"}]})
+    with pytest.raises(ConfigError, match="less than or equal to 1"):
+        settings(parse(corpus), [], at=[1.5])
     with pytest.raises(ConfigError, match="no column 'class'"):
         compared(corpus, label="class")
     with pytest.raises(ConfigError, match="--target: belongs to corpora of texts"):

@@ -27,9 +27,12 @@ from pipeline.compare.config import Matched
 from pipeline.compare.flops import ModelShape, hessian, hessian_solve, layerwise, statistics
 from pipeline.compare.matched import compare_matched
 from pipeline.compare.material import gather, sieve_of
-from pipeline.compare.planning import importance_cost
+from pipeline.compare.planning import importance_cost, takes_gram
 from pipeline.compare.results import Results
 from pipeline.compress import folder
+from pipeline.compress.calibration import Calibration
+from pipeline.compress.steps.sparse import Sparse
+from pipeline.compress.steps.stun import Stun
 from pipeline.config import parse, parse_as
 from pipeline.curation import curate
 from pipeline.errors import ConfigError
@@ -258,6 +261,22 @@ def test_from_scratch_is_new_and_of_the_seed(tiny_run: str) -> None:
             assert (a == 1).all()
 
 
+def test_from_scratch_nothing_of_a_mixture_is_the_parents() -> None:
+    import torch
+
+    from tests.compress.test_experts import make
+
+    model = make("glm4_moe")
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *(b for n, b in model.named_buffers() if n.endswith("correction_bias"))]:
+            tensor.fill_(7)
+    fresh = from_scratch(model, 0)
+    named = {n: t for n, t in [*fresh.named_parameters(), *fresh.named_buffers()] if "inv_freq" not in n}
+    assert any(n.endswith("correction_bias") for n in named)
+    assert not any((t == 7).any() for t in named.values())
+    assert float(named["model.layers.1.mlp.experts.down_proj"].detach().std()) == pytest.approx(0.02, rel=0.2)
+
+
 def test_random_rows_are_deduplicated_where_the_curated_ones_were(tmp_path: Path) -> None:
     texts = [text for text in sentences(60) for _ in range(3)]
     pq.write_table(pa.table({"text": texts}), tmp_path / "corpus.parquet")
@@ -309,6 +328,30 @@ def test_counts_fix_a_shape_and_chance_keeps_it() -> None:
     chance = by_chance([fixed], 3)[0]
     assert (chance.importance.kind, chance.importance.seed) == ("random", 3)
     assert chance.allocation == fixed.allocation
+
+
+def test_gram_matrices_are_charged_to_whatever_step_takes_them() -> None:
+    for method in ("sparsegpt", "wanda"):
+        for step in (Sparse.model_validate({"ratio": 0.5, "method": method}), Stun.model_validate({"method": method})):
+            assert takes_gram(step) == (method == "sparsegpt")
+    assert takes_gram(Sparse.model_validate({"ratio": 0.5, "method": "wanda", "refit": True}))
+
+
+@pytest.mark.parametrize("low_rank", [None, {}, {"fold": True}])
+def test_counts_of_weights_are_given_unless_a_low_rank_part_filled_them(low_rank: Any) -> None:
+    from tests.compress.conftest import make_tiny
+
+    removed = []
+    step = Sparse.model_validate({"ratio": 0.5, "method": "wanda", "allocation": "erk", "low_rank": low_rank})
+    for _ in range(2):
+        tiny = make_tiny("llama")
+        before = {name: p.detach().clone() for name, p in tiny.model.named_parameters()}
+        report = step.apply(tiny.model, Calibration(tiny.model, [tiny.batch])).report
+        after = dict(tiny.model.named_parameters())
+        removed.append([int((after[name] != p).sum()) for name, p in before.items()])
+        step = counts(step, report)
+    assert sum(removed[0]) > 0
+    assert removed[0] == removed[1]
 
 
 # What cuts or masks while it trains, what trims a vocabulary: the same run directory, where random rows are drawn once.

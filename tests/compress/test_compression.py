@@ -82,22 +82,27 @@ def test_a_second_call_cuts_and_trains_nothing(done, monkeypatch: pytest.MonkeyP
 def test_what_is_measured_on_is_not_trained_on(tiny_run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.compress.parent import parent_folder
 
-    packed: list[set[str]] = []
+    packed: list[tuple[set[str], np.ndarray]] = []
     pack = compression.pack_blocks
 
     def watched(texts: Any, *rest: Any) -> np.ndarray:
-        packed.append(set(texts.to_pylist()))
-        return pack(texts, *rest)
+        packed.append((set(texts.to_pylist()), pack(texts, *rest)))
+        return packed[-1][1]
 
     monkeypatch.setattr(compression, "pack_blocks", watched)
     config = configured(tiny_run, tmp_path)
     _, tokenizer = folder.load(parent_folder(config.model, tmp_path / "parent", config.held_out, config.seed))
     blocks = compression.gather(config, tokenizer)
-    calibration, recovery, held_out = packed
+    (calibration, _), (recovery, _), (held_out, _) = packed
     assert calibration
     assert recovery
     assert held_out
     assert not (calibration | recovery) & held_out
+    for (_, of), given in zip(packed, (blocks.calibration, blocks.recovery, blocks.held_out), strict=True):
+        assert np.array_equal(of, given)
+    # Few blocks of other texts are alike nonetheless: in this language a word has but two successors.
+    seen = {tuple(row) for part in (blocks.calibration, blocks.recovery) for row in part.tolist()}
+    assert sum(tuple(row) in seen for row in blocks.held_out.tolist()) <= 0.05 * len(blocks.held_out)
     assert blocks.recovery.size <= config.tokens
 
 

@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from pipeline.config import Config
 from pipeline.recipe import Column, State, Statistic
@@ -46,12 +46,19 @@ class Learner(BaseModel, ABC):
     measure: ClassVar[str]
     """What is measured, as the table calls it; lower is better."""
 
-    at: tuple[float, ...] = Field((0.1, 0.25), min_length=1, description="budgets, as shares of the corpus's tokens")
+    at: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        (0.1, 0.25), min_length=1, description="budgets, as shares of the corpus's tokens"
+    )
     seeds: int = Field(3, ge=2, description="trainings of every arm; intervals are taken over them")
     steps: int = Field(1000, ge=2)
     batch: int = Field(16, ge=1, description="examples a step")
     lr: float = Field(2e-3, gt=0)
     held_out: float = Field(0.02, gt=0, lt=0.5, description="share of the corpus to measure on")
+
+    @field_validator("at")
+    @classmethod
+    def _once(cls, at: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(dict.fromkeys(at))
 
     @property
     def taught(self) -> tuple[bool, ...]:

@@ -31,6 +31,7 @@ from pipeline.engine import threads
 from pipeline.errors import ConfigError, TamisError
 from pipeline.hashing import hash64, row_keys
 from pipeline.models.files import check_installed
+from pipeline.models.image_text import BATCH_ROWS
 from pipeline.models.training import rate
 from pipeline.recipe import QUARANTINE, Column, State, Transform, fingerprint
 from pipeline.run import Run
@@ -54,7 +55,9 @@ class Images(Learner):
     measure: ClassVar[str] = "error"
 
     label: str = Field("label", description="column of the source that holds the class of an image")
-    size: int = Field(28, ge=8, le=224, description="pixels that images are resized to")
+    size: int = Field(
+        28, ge=8, le=224, description="pixels that images are resized to; 2 steps * batch images are held in memory"
+    )
     width: int = Field(16, ge=1, description="channels of the first convolution")
     batch: int = Field(64, ge=2, description="images a step")
     lr: float = Field(0.1, gt=0)
@@ -85,7 +88,8 @@ class Images(Learner):
             ]
         )
         identity = fingerprint("proxy pixels", 1, self.size, self.label)
-        return [Column(NAME, ("image", reference), fields, partial(_open, reference, fields, self.size), identity)]
+        opened = partial(_open, reference, fields, self.size)
+        return [Column(NAME, ("image", reference), fields, opened, identity, batch_rows=BATCH_ROWS)]
 
     def kept(self, run: Run, flag: str, value: float, most: int | None, seed: int) -> KeptImages:
         return KeptImages(flag, value, self.eval_images if most is None else most, seed)
@@ -96,7 +100,10 @@ class Images(Learner):
     def measured(self, state: State, run: Run) -> Mapping[str, Arrays]:
         classes = np.unique(state["class"])
         if not 2 <= len(classes) <= MOST_CLASSES:
-            raise ConfigError(f"--with label: {self.label!r} has {len(classes)} values in the rows that are held out")
+            raise ConfigError(
+                f"--with label: {self.label!r} has {len(classes)} values in the {len(state['class']):,} images "
+                f"that are measured on, where 2 to {MOST_CLASSES:,} are learnt: name another column, or raise held_out"
+            )
         return {"mix": self.examples(state)[0]}
 
     def train(
@@ -233,13 +240,15 @@ def _open(reference: str, fields: pa.Schema, size: int) -> Transform:
         for group in stream(images, preprocess, GROUP, threads.cpus()):
             pixels[group.rows] = group.pixels
             reasons |= group.refused
-        bad = np.zeros(len(images), bool)
-        bad[list(reasons)] = True
+        why = np.full(len(images), "", dtype=object)
+        why[list(reasons)] = list(reasons.values())
+        bad = why != ""
         flat = pa.array(pixels.reshape(-1))
         lists = pa.FixedSizeListArray.from_arrays(flat, CHANNELS * size**2, mask=pa.array(bad))
         classes = hash64(row_keys(as_labels(batch.column(reference))), 0)
-        why = pa.array([reasons.get(i) for i in range(len(images))], pa.string())
-        return pa.record_batch([lists, pa.array(classes, mask=bad), why], schema=fields)
+        return pa.record_batch(
+            [lists, pa.array(classes, mask=bad), pa.array(why, pa.string(), mask=~bad)], schema=fields
+        )
 
     return transform
 
@@ -273,7 +282,14 @@ class KeptImages:
         return self.merge([state, new] if state else [new])
 
     def merge(self, states: Sequence[State]) -> State:
-        joined = {name: np.concatenate([s[name] for s in states]) for name in ("hash", "pixels", "class")}
-        order = np.argsort(joined["hash"], kind="stable")[: self.most]
-        rows = np.sum([s["rows"] for s in states], axis=0)
-        return {name: values[order] for name, values in joined.items()} | {"rows": rows}
+        hashes = np.concatenate([s["hash"] for s in states])
+        order = np.argsort(hashes, kind="stable")[: self.most]
+        merged = {"hash": hashes[order], "rows": np.sum([s["rows"] for s in states], axis=0)}
+        for name in ("pixels", "class"):  # copied into place: all states joined would be as large as they are again
+            first, end = states[0][name], 0
+            merged[name] = np.empty((len(order), *first.shape[1:]), first.dtype)
+            for state in states:
+                start, end = end, end + len(state["hash"])
+                here = np.flatnonzero((start <= order) & (order < end))
+                merged[name][here] = state[name][order[here] - start]
+        return merged

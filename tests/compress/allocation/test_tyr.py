@@ -80,6 +80,34 @@ def test_halving_measures_few_on_much_and_nothing_twice() -> None:
     assert all(sum(n for e, n in asked if e == effort) <= 4 for effort in (1, 9))  # four mixes there are
 
 
+def test_parents_that_no_offspring_beats_stay() -> None:
+    found = evolve(
+        (1, 1), [3, 3], [[0, 1]], lambda choices, effort: [float(c != (1, 1)) for c in choices],
+        [(1, 2)], 8, 3, 1, np.random.default_rng(0),
+    )  # fmt: skip
+    assert found == (1, 1)  # one swap away is (2, 0) or (0, 2)
+
+
+def test_levels_lie_around_what_goes_now_and_closer_every_round(
+    tiny_trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 neurons an eighth is 8, then 4, then 2, on either side."""
+    model, _, blocks = tiny_trained
+    asked: list[Any] = []
+    monkeypatch.setattr(Supernet, "build", lambda self, levels, damping: asked.append(levels))
+    monkeypatch.setattr(Supernet, "divergences", lambda self, choices, *rest: [float(len(c)) for c in choices])
+    body = anatomy(model)
+    groups = body.units("neuron")
+    scores = [np.arange(u.count, dtype=float) for u in groups]
+    tyr = Tyr.model_validate(SMALL | {"rounds": 3, "reach": 2, "generations": 1})
+    evidence = Evidence(body, Calibration.of_blocks(model, blocks[:2]), scores)
+    keep = tyr.keep(groups, Target(0.5), evidence)
+    assert asked[0] == [[16, 24, 32, 40, 48]] * 3
+    assert [np.unique(np.diff(levels)).tolist() for levels in asked] == [[8], [4], [2]]
+    assert all(len(own) == 5 for levels in asked for own in levels)
+    assert np.sum(keep) == 96
+
+
 def test_variants_are_the_exact_solution_of_the_specification() -> None:
     """H and W of the specification without channel 0: [[0, 2.3333, .8333], [0, .6667, -1.3333]]."""
     h = torch.tensor([[2.0, 1, 0], [1, 2, 1], [0, 1, 2]], dtype=torch.float64)

@@ -414,3 +414,18 @@ def test_healing_a_sparse_model_closes_part_of_the_gap(tiny_trained: Any, tmp_pa
     healed = heal(model, recipe, blocks, 14 * 8 * 64, directory=tmp_path, masks=masks)
     assert lm_loss(healed.model, held_out) < cut - 0.25 * (cut - dense)
     assert all(not healed.model.get_parameter(n)[~m].any() for n, m in masks.items())
+
+
+def test_reconstruction_pays_for_no_head() -> None:
+    """Full: forward and backward of the student's blocks and the teacher's forward. Without an adapter no gradients of
+    matrices are taken."""
+    from pipeline.compare.arms import per_token
+    from pipeline.compare.flops import ModelShape
+
+    model = student()
+    shape, head = ModelShape.of(model), model.get_output_embeddings().weight.numel()
+    blocks = shape.forward(16) - 2 * head
+    cost = Perp(reconstruct=True, rank=2).cost(model)
+    assert per_token(cost, shape, shape, 16, 64) == pytest.approx(4 * blocks + cost.step / 64)
+    cost = Perp(reconstruct=True, adapter=None).cost(model)
+    assert per_token(cost, shape, shape, 16, 64) == pytest.approx(3 * blocks + 6 * cost.trained)

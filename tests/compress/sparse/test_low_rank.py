@@ -20,7 +20,9 @@ from pipeline.compress.compression import compress, shrink  # noqa: E402
 from pipeline.compress.healing import heal  # noqa: E402
 from pipeline.compress.recover.full import Full  # noqa: E402
 from pipeline.compress.recover.perp import Perp  # noqa: E402
+from pipeline.compress.sparse._low_rank import LowRank  # noqa: E402
 from pipeline.compress.sparse._modules import LowRankPart  # noqa: E402
+from pipeline.compress.sparse.base import Matrix, Pruned  # noqa: E402
 from pipeline.compress.steps.sparse import Sparse  # noqa: E402
 from pipeline.compress.steps.width import Width  # noqa: E402
 from pipeline.compress.surgery import cut, zero  # noqa: E402
@@ -36,6 +38,20 @@ def slim(name: str, **more: Any) -> tuple[Any, dict[str, Any]]:
     tiny = make_tiny(name)
     step = Sparse.model_validate({"ratio": 0.5, "method": "wanda", "low_rank": {"rank": 0.25} | more})
     return tiny, step.apply(tiny.model, Calibration(tiny.model, [tiny.batch])).masks
+
+
+@pytest.mark.parametrize("saliency", ["mean", "rms"])
+def test_inputs_weigh_by_their_mean_size_or_its_root_mean_square(saliency: str) -> None:
+    rng = np.random.default_rng(0)
+    x, weight = torch.from_numpy(rng.exponential(size=(50, 6)) ** 2), torch.from_numpy(rng.normal(size=(4, 6)))
+    mask = weight.abs() > 0.5
+    seen = {"abs": x.sum(0), "square": x.square().sum(0)}
+    recipe = LowRank.model_validate({"rank": 0.5, "saliency": saliency})
+    left, right = recipe.fit(Matrix("", weight, 50, seen), Pruned(mask, weight * mask))
+    size = x.mean(0) if saliency == "mean" else x.square().mean(0).sqrt()
+    error = (weight * ~mask - left @ right) * size
+    tail = torch.linalg.svdvals(weight * ~mask * size)[2:]
+    torch.testing.assert_close(error.square().sum(), tail.square().sum())
 
 
 def factors(model: Any) -> set[str]:
@@ -92,9 +108,13 @@ def test_a_sidecar_of_other_factors_is_refused(tmp_path: Path) -> None:
 
 
 def test_steps_that_follow_a_mask(tiny_trained: Any) -> None:
-    """What fills zeros takes the mask away; what cuts a masked matrix is refused."""
+    """Zeros that a milder step leaves stay masked; what fills them takes the mask away; what cuts a masked matrix is
+    refused."""
     model, _, blocks = tiny_trained
     masked = Sparse.model_validate({"ratio": 0.5, "method": "magnitude"})
+    milder = Sparse.model_validate({"ratio": 0.3, "method": "wanda"})
+    once, twice = (shrink(deepcopy(model), steps, blocks[:4], 4) for steps in ([masked], [masked, milder]))
+    assert all((mask <= once.masks[name]).all() for name, mask in twice.masks.items())
     folded = Sparse.model_validate({"ratio": 0.6, "method": "wanda", "low_rank": {"fold": True}, "layers": (1, None)})
     smaller = shrink(deepcopy(model), [masked, folded], blocks[:4], 4)
     assert {name.split(".")[2] for name in smaller.masks} == {"0"}
