@@ -79,7 +79,9 @@ class _IgnoreTopK(Operator):
         ]
 
     def __call__(self, batch: Batch) -> Choice:
-        return keep_all(batch, dropped=self.dropped / max(1, self.entries))
+        dropped = self.dropped / max(1, self.entries)
+        self.entries = self.dropped = 0
+        return keep_all(batch, dropped=dropped)
 
     def _remember(self, number: int, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         stepped = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -88,7 +90,6 @@ class _IgnoreTopK(Operator):
     def _thin(self, number: int, *_: Any) -> None:
         import torch
 
-        self.entries = self.dropped = 0
         with torch.no_grad():
             for parameter, old in self.before.pop(number):
                 largest = self.largest(parameter - old)

@@ -122,10 +122,13 @@ class _NoisyLossRescaling(Operator):
             rows = self._look(batch)
             finite = rows.loss.isfinite()
             dropped = float((~finite).sum())
+            index = finite.nonzero()[:, 0]
+            if not len(index):
+                self.weights = rows.loss[index]
+                return Choice(index, None, self.weights, {"not_finite": dropped})
             if dropped:
-                kept = finite.nonzero()[:, 0]
-                batch = taken(batch, kept)
-                rows = Rows(*(v[kept] for v in rows))
+                batch = taken(batch, index)
+                rows = Rows(*(v[index] for v in rows))
             self.recent.append(rows)
             known = features(rows, Rows(*(torch.cat(parts) for parts in zip(*self.recent, strict=True))))
             if self.meta is not None and len(rows.loss) > 1:
@@ -141,7 +144,6 @@ class _NoisyLossRescaling(Operator):
             "agree": float(rows.agrees.float().mean()),
             "not_finite": dropped,
         }
-        index = finite.nonzero()[:, 0]
         return Choice(index, None, torch.ones_like(weights) if self.recipe.simulate_only else weights, facts)
 
     @contextmanager

@@ -237,9 +237,7 @@ class Geometry:
             self.known[weight] = found[weight]
             optimizer, group = found[weight]
             if not ("betas" in group or "ns_coefficients" in group or type(optimizer).__name__ == "SGD"):
-                raise ConfigError(
-                    f"opus: knows the updates of Adam(W), Muon and SGD, not of {type(optimizer).__name__}"
-                )
+                raise _unknown(optimizer)
 
     def of(self, weight: nn.Parameter) -> tuple[torch.Tensor | None, torch.Tensor | None, float]:
         """P: a factor for every entry, a matrix (d_out, d_out) from the left, and a number; None for none."""
@@ -250,7 +248,13 @@ class Geometry:
         if "ns_coefficients" in group and "momentum_buffer" in state:
             rate = lr * muon_rate(group.get("adjust_lr_fn"), *weight.shape) * (1 - group["momentum"] ** 2)
             return None, muon(state["momentum_buffer"], group["ns_coefficients"]), rate
+        if state and "betas" in group:  # another family with moments of its own
+            raise _unknown(optimizer)
         return None, None, lr
+
+
+def _unknown(optimizer: torch.optim.Optimizer) -> ConfigError:
+    return ConfigError(f"opus: knows the updates of Adam(W), Muon and SGD, not of {type(optimizer).__name__}")
 
 
 def adam(v: torch.Tensor, steps: int, lr: float, betas: tuple[float, float], eps: float) -> torch.Tensor:

@@ -19,13 +19,13 @@ from pipeline.errors import ConfigError
 
 def updated(update: list[float], share: float) -> list[float]:
     """What is left of an update, by a step of SGD."""
-    weight = torch.nn.Parameter(torch.zeros(len(update)))
+    weight = torch.nn.Parameter(torch.full((len(update),), 8.0))
     optimizer = torch.optim.SGD([weight], lr=1.0)
     operator = IgnoreTopK(share=share).begin(Setup(torch.nn.Module(), [optimizer]))
     weight.grad = -torch.tensor(update)
     optimizer.step()
     operator.close()
-    return weight.tolist()
+    return (weight.detach() - 8).tolist()
 
 
 def test_the_example() -> None:
@@ -68,6 +68,18 @@ def test_it_thins_out_the_steps_of_adam(lm: Any, make_batch: Callable[..., Any])
     none, plain = train(copy.deepcopy(lm), batch, 0.0)
     assert (none, plain) == (0, train(copy.deepcopy(lm), batch, 0.5, closed=True)[1])
     assert loss > plain
+
+
+def test_entries_of_all_optimizers_are_counted() -> None:
+    weights = [torch.nn.Parameter(torch.zeros(10)) for _ in range(2)]
+    optimizers = [torch.optim.SGD([weight], lr=1.0) for weight in weights]
+    operator = IgnoreTopK(share=0.2).begin(Setup(torch.nn.Module(), optimizers))
+    for weight, update in zip(weights, (torch.arange(10.0), torch.ones(10)), strict=True):
+        weight.grad = update
+    for optimizer in optimizers:
+        optimizer.step()
+    batch = {"labels": torch.zeros(1, dtype=torch.int64)}
+    assert [operator(batch).facts["dropped"] for _ in range(2)] == [0.1, 0]  # 2 of 20, and nothing since
 
 
 def test_the_line_of_a_large_tensor_is_drawn_from_a_sample() -> None:

@@ -149,6 +149,26 @@ def test_features_of_rows_beside_their_categories() -> None:
     assert found[:, 8:10].tolist() == [[0, 0]] * 3  # no row disagrees
     assert found[:, -1].tolist() == [1, 1, 1]
 
+    own = rows([1.0, 2.0, 4.0], [True, False, False], [0, 0, 1])
+    found = features(own, own)
+    np.testing.assert_allclose(found[:, 14:16], [[1, 0], [3, 1], [3, 1]])  # of their side of agreement
+    kl = divergence(own.loss, own.loss_std, torch.tensor(7 / 3), torch.tensor(loss_std, dtype=torch.float32))
+    torch.testing.assert_close(found[:, 4], kl.log1p())  # of the row from the category, not the other way
+    assert found[:, 6].tolist() == [0, 0, 0]  # one row that agrees has no deviation
+    assert (found[:, 8] > 0).all()
+
+
+def test_weights_leave_the_loss_of_a_batch_as_it_was_and_categories_span_the_window() -> None:
+    words, labels, _ = corpus(60, 0, 0.3)
+    model = Classifier().eval()  # no dropout: the losses are those that the operator sees
+    operator: Any = NoisyLossRescaling(classes=2, window=2).begin(Setup(model))
+    for part in (slice(0, 20), slice(20, 40), slice(40, 60)):
+        batch = {"input_ids": words[part], "labels": labels[part]}
+        choice, loss = operator(batch), row_losses(model, batch)[0].detach()
+        torch.testing.assert_close((choice.weights * loss).sum(), loss.sum())
+        assert abs(float(choice.weights.mean() - operator.weights.mean())) > 0.1
+    assert [len(rows.loss) for rows in operator.recent] == [20, 20]
+
 
 def test_a_row_alone_of_its_class_counts_half_and_a_broken_one_is_dropped() -> None:
     words, labels, _ = corpus(20, 0, 0)
@@ -168,6 +188,19 @@ def test_a_row_alone_of_its_class_counts_half_and_a_broken_one_is_dropped() -> N
     assert operator.weights.std() > 0.1
     with pytest.raises(ConfigError, match="needs 2 rows"):
         operator({"input_ids": words[:1], "labels": labels[:1]})
+
+
+def test_a_batch_of_broken_rows_is_no_step_and_the_next_one_goes_on(lm: Any, make_batch: Callable[..., Any]) -> None:
+    operator: Any = NoisyLossRescaling().begin(Setup(lm))
+    operator(make_batch())
+    with torch.no_grad():
+        before = lm.lm_head.weight.clone()
+        lm.lm_head.weight.fill_(torch.nan)
+        choice = operator(make_batch(12, 1))
+        assert len(choice.rows) == len(choice.weights) == len(operator.weights) == 0
+        assert choice.facts == {"not_finite": 12}
+        lm.lm_head.weight.copy_(before)
+    assert operator(make_batch(12, 2)).weights.isfinite().all()
 
 
 def test_the_network_learns_through_the_virtual_step() -> None:

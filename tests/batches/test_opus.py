@@ -183,14 +183,16 @@ def test_it_draws_the_share_after_a_uniform_warm_up_and_resumes(
 
 def test_standardising_makes_the_scale_of_gradients_irrelevant(lm: Any, make_batch: Callable[..., Any]) -> None:
     found, batch = setup(lm, make_batch, "sgd", 0), make_batch(12, 3)
-    effective = {}
+    effective, redundancy = {}, {}
     for standardise in (True, False):
         for lr in (1e-6, 1e-2):
             found.optimizers[0].param_groups[0]["lr"] = lr
             choice = Opus(warmup=0, standardise=standardise).begin(found)(batch)
             effective[standardise, lr] = choice.facts["effective"]
+            redundancy[standardise, lr] = choice.facts["redundancy"]
     assert effective[True, 1e-6] == pytest.approx(effective[True, 1e-2], rel=1e-3)
     assert effective[True, 1e-2] < 9.5
+    assert redundancy[True, 1e-2] == pytest.approx(1e4 * redundancy[True, 1e-6], rel=1e-3)  # by the same divisor
     assert effective[False, 1e-6] > 11.999  # silently random
 
 
@@ -227,3 +229,9 @@ def test_errors_at_the_door(lm: Any, make_batch: Callable[..., Any]) -> None:
         Opus().begin(Setup(lm, [], make_batch(8)))
     with pytest.raises(ConfigError, match="not of Adagrad"):
         Opus().begin(Setup(lm, [torch.optim.Adagrad(lm.parameters())], make_batch(8)))
+    adamax = torch.optim.Adamax(lm.parameters())  # has betas like Adam's, and other moments
+    operator = Opus(warmup=0).begin(Setup(lm, [adamax], make_batch(8)))
+    weighted_loss(lm, make_batch()).backward()
+    adamax.step()
+    with pytest.raises(ConfigError, match="not of Adamax"):
+        operator(make_batch())
