@@ -41,6 +41,8 @@ def png(pixels: np.ndarray) -> bytes:
 
 def main() -> None:
     directory = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/fashion_mnist_corpus")
+    if not SOURCE.is_dir():
+        raise SystemExit(f"no {SOURCE}: apt-get install dataset-fashion-mnist")
     directory.mkdir(parents=True, exist_ok=True)
     images, labels = images_and_labels("train")
     flat = images.reshape(len(images), -1).astype(np.float32) / 255

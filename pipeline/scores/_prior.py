@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
+from abc import ABC
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.engine import threads
 from pipeline.errors import ConfigError
+from pipeline.models.causal import check_model
+from pipeline.models.files import check_installed
 from pipeline.models.training import Shape, new_lm, pack, save_lm, train_lm, train_tokenizer
 from pipeline.recipe import Resources, State, fingerprint
 from pipeline.sample import Sample, draw, needs_fit, texts
+from pipeline.scores.base import Score
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -38,6 +42,31 @@ class Training(BaseModel):
     lr: float = Field(3e-3, gt=0, description="highest learning rate")
     sample: int = Field(10_000, ge=1, description="distinct rows to draw, of each the first 16 KB")
     seed: int | None = Field(None, description="seed of the draw, the weights and the batches (default: the run's)")
+
+
+class ByModel(Score, ABC):
+    """Base of the scores that one causal language model gives: the one that is named, or one trained here."""
+
+    model: str | None = Field(
+        None, description="folder of a causal model, or hf://org/name[@revision] (default: one is trained here)"
+    )
+    train: Training = Field(Training(), description="how the model is trained where none is given")
+    max_tokens: int = Field(1024, ge=2, description="tokens of a row that count; no more than the model's context")
+
+    @model_validator(mode="after")
+    def _there(self) -> Self:
+        check_installed(f"scores.{self.kind}", "models", "torch", "transformers", "safetensors")
+        if self.model is not None:
+            check_model(self.kind, self.model)
+            if "train" in self.model_fields_set:
+                raise ValueError("`model` is trained already: remove `train`, or `model` to train one")
+        return self
+
+    def fit(self, run: Run) -> None:
+        self._model(run)
+
+    def _model(self, run: Run) -> str | Artifact:
+        return self.model or prior(run, f"{self.column_name}-prior", self.train)
 
 
 def prior(run: Run, name: str, training: Training) -> Artifact:

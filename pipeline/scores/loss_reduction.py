@@ -192,8 +192,9 @@ class LossReduction(Score):
             )
         before = prior(run, f"{self.column_name}-prior", self.train)
         tuning = Tuning(held_out, self.tune_steps, self.train.batch, self.tune_lr, seed_of(run, self.train))
+        told = [] if self.target_text == "text" or chat else [self.target_text]
         name = f"{self.column_name}-conditional"
-        identity = fingerprint("conditional", self.version, before.fingerprint, identify(files), vars(tuning))
+        identity = fingerprint("conditional", self.version, before.fingerprint, identify(files), *told, vars(tuning))
         if needs_fit(run, name, identity):
             warn_contained(run, examples["text"].combine_chunks(), role)
         gpu = run.config.engine.gpus > 0

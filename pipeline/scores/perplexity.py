@@ -24,19 +24,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.errors import CorpusError
-from pipeline.models.causal import check_model, losses_of, row_losses, token_column
-from pipeline.models.files import check_installed
+from pipeline.models.causal import losses_of, row_losses, token_column
 from pipeline.recipe import Column, State, Transform, fingerprint
 from pipeline.sample import needs_fit
-from pipeline.scores._prior import Training, prior
-from pipeline.scores.base import Score
+from pipeline.scores._prior import ByModel
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -52,31 +50,14 @@ HEAD, TAIL = 0.3, 0.6
 REFERENCE = "ranks.npy"
 
 
-class Perplexity(Score):
+class Perplexity(ByModel):
     """-log10 perplexity, or minus the distance to a wanted rank among the rows of the corpus."""
 
     claim = "what a language model expects, or the band of perplexity that is asked for"
     cost = "2 N FLOPs a token, a forward pass of N parameters"
     source = "Wenzek et al. 2019 (CCNet), arXiv 1911.00359; Ankner et al. 2024, arXiv 2405.20541"
     kind: Literal["perplexity"] = "perplexity"
-    model: str | None = Field(
-        None, description="folder of a causal model, or hf://org/name[@revision] (default: one is trained here)"
-    )
-    train: Training = Field(Training(), description="how the model is trained where none is given")
     around: float | None = Field(None, ge=0, le=1, description="rank to be near: 0 lowest, 1 highest perplexity")
-    max_tokens: int = Field(1024, ge=2, description="tokens of a row that count; no more than the model's context")
-
-    @model_validator(mode="after")
-    def _there(self) -> Self:
-        check_installed("scores.perplexity", "models", "torch", "transformers", "safetensors")
-        if self.model is not None:
-            check_model(self.kind, self.model)
-            if "train" in self.model_fields_set:
-                raise ValueError("`model` is trained already: remove `train`, or `model` to train one")
-        return self
-
-    def fit(self, run: Run) -> None:
-        self._model(run)
 
     def support(self, run: Run) -> Sequence[Column]:
         tokens = token_column(run, self._model(run), self.max_tokens)
@@ -91,9 +72,6 @@ class Perplexity(Score):
     def fill(self, run: Run) -> None:
         """After the losses of all rows are known: a rank is among all of them."""
         run.materialize([self.column(run)])
-
-    def _model(self, run: Run) -> str | Artifact:
-        return self.model or prior(run, f"{self.column_name}-prior", self.train)
 
     def _ranks(self, run: Run, loss: str) -> Artifact:
         name = f"{self.column_name}-ranks"

@@ -27,22 +27,20 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.batches._plane import between, bisect, quadrants, quantile, thresholds, token_perplexity
 from pipeline.batches.q_tuning import MISTAKE, UNSURE
 from pipeline.batches.q_tuning import QTuning as Dynamic
 from pipeline.errors import ConfigError, CorpusError
-from pipeline.models.causal import ENTROPY, as_mask, check_model, losses_of, row_losses, token_column
-from pipeline.models.files import check_installed
+from pipeline.models.causal import ENTROPY, as_mask, losses_of, row_losses, token_column
 from pipeline.recipe import Column, State, Transform, fingerprint
 from pipeline.sample import Sample, draw, needs_fit
-from pipeline.scores._prior import Training, prior
-from pipeline.scores.base import Score
+from pipeline.scores._prior import ByModel
 
 if TYPE_CHECKING:
     from pipeline.artifact import Artifact
@@ -63,34 +61,17 @@ EDGE = 0.01
 """PPL and Ent are 0 up to this quantile, and 1 from the one as far from the end."""
 
 
-class QTuning(Score):
+class QTuning(ByModel):
     """Support of a row, one more in quadrants 2 and 4."""
 
     claim = "worth tuning on: a confident mistake, or right and unsure"
     cost = "2 N FLOPs a token, a forward pass of N parameters with entropies"
     source = "Wang et al. 2025, arXiv 2509.23873"
     kind: Literal["q_tuning"] = "q_tuning"
-    model: str | None = Field(
-        None, description="folder of the causal model to tune, or hf://org/name[@revision] (default: one is trained)"
-    )
-    train: Training = Field(Training(), description="how the model is trained where none is given")
     rows: float = Field(0.25, gt=0, le=1, description="share of the rows that quadrants 2 and 4 should hold")
     tokens: float = Field(0.5, gt=0, le=1, description="share of a confident mistake's tokens to learn from")
     smoothing: float = Field(0.5, ge=0, le=1, description="lam: weight of a token's neighbours")
-    max_tokens: int = Field(1024, ge=2, description="tokens of a row that count; no more than the model's context")
     sample: int = Field(65_536, ge=8, description="rows that the lines are drawn on")
-
-    @model_validator(mode="after")
-    def _there(self) -> Self:
-        check_installed("scores.q_tuning", "models", "torch", "transformers", "safetensors")
-        if self.model is not None:
-            check_model(self.kind, self.model)
-            if "train" in self.model_fields_set:
-                raise ValueError("`model` is trained already: remove `train`, or `model` to train one")
-        return self
-
-    def fit(self, run: Run) -> None:
-        self._model(run)
 
     def support(self, run: Run) -> Sequence[Column]:
         if run.config.output.rewrite:
@@ -117,9 +98,6 @@ class QTuning(Score):
     def fill(self, run: Run) -> None:
         """After all rows have their place: the lines are drawn among all of them."""
         run.materialize([self.column(run)])
-
-    def _model(self, run: Run) -> str | Artifact:
-        return self.model or prior(run, f"{self.column_name}-prior", self.train)
 
     def _plane(self, run: Run, nats: str, entropy: str) -> Artifact:
         """Artifact `<name>-plane`: `plane.json` with alpha, the lines and the ranges of both axes."""

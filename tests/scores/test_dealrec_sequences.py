@@ -15,11 +15,14 @@ import pytest
 
 pytest.importorskip("torch")
 
+from pipeline.artifact import Artifact
+from pipeline.corpus.storage import Store
 from pipeline.curation import curate
 from pipeline.errors import ConfigError
 from pipeline.models import sasrec
-from pipeline.models.sasrec import Sequences, losses, new_sasrec, recall, train_sasrec
+from pipeline.models.sasrec import Sequences, load_sasrec, losses, new_sasrec, recall, train_sasrec
 from pipeline.sample import Sample, sampled
+from pipeline.scores.dealrec_sequences import _fit_surrogate, _open_parts
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -153,6 +156,41 @@ def test_a_draw_of_sequences(tmp_path: Path) -> None:
     assert facts["v"] > 0
     parts = ds.dataset(tmp_path / "run/columns/dealrec_sequences-parts").to_table()
     assert np.std(parts["influence"].drop_null().to_numpy()) > 0
+
+
+@pytest.mark.parametrize("v", ["validation", "train"])
+def test_influence_is_along_the_mean_gradient_that_is_asked_for(tmp_path: Path, v: str) -> None:
+    """A scale that leaves nothing of the Hessian, and one step: h is v + (1 - damping) v."""
+    import torch
+
+    lists = pa.array([row for row in walks(90, 6) if len(row) > 1], pa.list_(pa.int64()))
+    texts = pa.array([str(i) for i in range(len(lists))])
+    sample = Sample(("text", "corpus.items"), 1000, 90, 0, "text")
+    state = sample.update({}, pa.record_batch([texts, lists], ["text", "corpus.items"]))
+    asked = {"v": v, "epochs": 3, "length": 8, "damping": 0.5, "scale": 1e12, "steps": 1}
+    _fit_surrogate(state, "corpus.items", asked, 0, tmp_path)
+
+    model, known, length = load_sasrec(tmp_path)
+    weight = sasrec.observed(model).weight
+
+    def gradients(rows: pa.Array) -> torch.Tensor:
+        weight.requires_grad_(True)
+        each = losses(model, Sequences.of(rows, known, length))
+        found = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in each])
+        weight.requires_grad_(False)
+        return found
+
+    drawn = sampled(state, "corpus.items")
+    held = len(drawn) // 5
+    h = 1.5 * gradients(drawn.slice(0, held) if v == "validation" else drawn.slice(held)).mean(dim=0)
+    np.testing.assert_allclose(np.load(tmp_path / "h.npy"), h, rtol=1e-3, atol=1e-6)
+    opened = _open_parts(Artifact("surrogate", "0", Store(str(tmp_path))))
+    parts = opened(pa.record_batch([lists], ["corpus.items"]))
+    expected = (gradients(lists) * h).sum(dim=(1, 2))
+    np.testing.assert_allclose(parts["influence"].to_numpy(), expected, rtol=1e-2, atol=1e-5)
+    effort = pa.array(np.arange(len(lists), dtype=np.float32))
+    with_model = opened(pa.record_batch([lists, effort], ["corpus.items", "effort"]))
+    assert with_model["effort"].equals(effort)
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,8 @@ def test_measures_of_a_perfect_and_of_a_blind_network(monkeypatch: pytest.Monkey
     assert blind["auc"] == pytest.approx(0.5, abs=0.08)
     assert blind["recall"]["image@10"] == pytest.approx(10 / 400, abs=0.03)
     assert dfn.measure(x[:1], x[:1], 0)["auc"] is None
+    second = dfn.measure(np.eye(2), np.array([[0.6, 0.8], [0, 1]]), 0)["recall"]  # a text is nearer to the other image
+    assert second == {"image@1": 1, "image@10": 1, "text@1": 0.5, "text@10": 1}
 
 
 @pytest.mark.parametrize(

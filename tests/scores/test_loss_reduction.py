@@ -197,6 +197,15 @@ def test_target_texts_in_the_corpus_are_warned_of(tmp_path: Path, caplog: pytest
     assert "row 20, row 21" in caplog.text
 
 
+def test_another_column_of_the_target_tunes_another_model(tmp_path: Path) -> None:
+    target = tmp_path / "target.parquet"
+    pq.write_table(pa.table({"text": sentences(12, 4, BIRDS), "other": sentences(12, 5, MIXED)}), target)
+    fields = {"target": str(target), "train": SMALL | {"steps": 2}, "tune_steps": 2, "holdout": 0}
+    found = [run_score(tmp_path, sentences(20), fields | {"target_text": name})[0] for name in ("text", "other")]
+    assert found[0]["loss_prior"] == found[1]["loss_prior"]
+    assert found[0]["loss_conditional"] != found[1]["loss_conditional"]
+
+
 @pytest.mark.parametrize("holdout", [0.1, 0.0])
 def test_one_target_text_is_a_clear_error_or_tuned_without_looking(tmp_path: Path, holdout: float) -> None:
     target = tmp_path / "target.txt"

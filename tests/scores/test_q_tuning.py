@@ -37,6 +37,15 @@ def test_the_batch_of_the_example_as_a_corpus(tmp_path: Path, share: float, kept
     assert sorted(np.argsort(-score)[: int(share * 8)]) == kept
 
 
+def test_the_ends_of_the_axes_are_not_those_of_an_outlier(tmp_path: Path) -> None:
+    nats, entropy = np.linspace(1, 2, 1000, dtype=np.float32), np.linspace(3, 4, 1000, dtype=np.float32)
+    nats[-1], entropy[-1] = 19, 90
+    _draw_plane({"nats": nats, "entropy": entropy}, "nats", "entropy", 0.25, tmp_path)
+    facts = json.loads((tmp_path / PLANE).read_text())
+    np.testing.assert_allclose(facts["perplexity"], np.exp(nats[[9, 989]]), rtol=1e-6)
+    np.testing.assert_allclose(facts["entropy"], entropy[[9, 989]], rtol=1e-6)
+
+
 def test_tokens_of_confident_mistakes_are_ranked_and_those_of_others_stay() -> None:
     nats = np.log([1, 9, 1, 2, 10]).tolist()
     logp = pa.array([[-x for x in nats], [-5.0, -1.0], [-9.0, *(-x for x in nats)]], pa.list_(pa.float32()))
