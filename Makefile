@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := models,vision,web,export,dev
 
-.PHONY: quickstart quickstart-model test test-all lint format bench clean
+.PHONY: quickstart quickstart-model test test-all debian lint format clean
 
 quickstart: $(VENV)/.base  ## a curated dataset from the sample corpus, offline
 	$(BIN)/tamis curate configs/quickstart.yaml
@@ -18,6 +18,16 @@ test: $(VENV)/.dev  ## the test suite
 
 test-all: $(VENV)/.dev  ## and the slow proofs
 	$(BIN)/python -m pytest -q
+
+debian: .debian/.done  ## real images that some tests and examples read; unpacked here, not installed
+
+# 350 MB of clip art with captions and of labelled images. The index of packages may be missing on a fresh machine.
+DEBIAN_PACKAGES := dataset-fashion-mnist openclipart-png openclipart-svg tuxpaint-stamps-default
+.debian/.done:
+	mkdir -p .debian
+	cd .debian && (apt-get download -q $(DEBIAN_PACKAGES) || (apt-get update -q && apt-get download -q $(DEBIAN_PACKAGES)))
+	cd .debian && for package in *.deb; do dpkg-deb -x $$package . || exit 1; done && rm *.deb
+	touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Every method of compression on one model: perplexity before and after healing, seconds, memory.
+"""Every method of compression and of healing on one model: perplexity before and after, seconds, memory.
 
 usage: python -m bench.compress --model FOLDER [--ratio R] [--sparsity S] [--rows N] [--tokens N] [--draws N]
            [--only METHOD...] [--results FILE] [--dry]
@@ -7,10 +7,11 @@ Calibration, recovery and held-out blocks come from ../shared/data/text_corpus (
 own. All methods get the same calibration rows, the same held-out blocks and, after the cut, the same healing: all
 weights, the same blocks in the same order. What may be removed decides what chance can do, so every family of methods
 has its own control: `random`, the mean of some draws before healing (their range in brackets; the first draw is
-healed). A method earns its place by beating all draws of its family's control before healing. `CPU s` are processor
-seconds of the step alone, `MiB` the largest memory of the process while it ran beyond what it had with the model
-loaded. Every line runs in a process of its own and is kept in --results, from which a broken-off bench goes on. Writes
-the table between the `<!-- compress -->` markers of bench/README.md, unless --dry.
+healed). A method earns its place by beating all draws of its family's control before healing. Ways to heal have one
+family for each cut that they heal, and one for what cuts while it heals; they see the same tokens. `CPU s` are
+processor seconds of what the family compares, the cut or the healing, `MiB` the largest memory of the process while it
+ran beyond what it had before. Every line runs in a process of its own and is kept in --results, from which a broken-off
+bench goes on. Writes the table between the `<!-- compress -->` markers of bench/README.md, unless --dry.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,37 +40,129 @@ README = ROOT / "bench" / "README.md"
 BLOCKS = ("calibration", "recovery", "held_out")
 HELD_OUT = 32
 """Blocks that perplexity is measured on."""
-FAMILIES: dict[str, tuple[dict[str, object], tuple[str, ...]]] = {
-    "heads and neurons": (
-        {"method": "random"},
-        ("magnitude", "wanda_sp", "flap", "llm_pruner", "minitron", "nirvana", "tyr_local"),
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Methods that can be compared: they remove, or heal, the same.
+
+    `methods`: fields of each beside what all get. `control`: the step by chance, of kind and fields. `given`: what
+    every step gets instead of the ratio that is asked for. `heals`: the method whose cut they heal, `""` where they cut
+    while they heal; None: they cut.
+    """
+
+    methods: dict[str, Fields]
+    control: Fields | None = None
+    given: Fields = field(default_factory=dict)
+    heals: str | None = None
+
+
+RANDOM: Fields = {"kind": "random"}
+WIDTH: Fields = {
+    "kind": "width",
+    "units": ["kv_group", "neuron"],
+    "importance": RANDOM,
+    "allocation": {"kind": "uniform"},
+}
+INNER: Fields = {"ratio": 0.25, "layers": [4, 28]}
+"""Where LLM-Pruner's authors cut; 25 % there are 20 % of all layers."""
+SEARCH: Fields = {
+    "kind": "tyr",
+    "rounds": 3,
+    "offspring": 16,
+    "generations": 8,
+    "halving": [[512, 4], [2048, 2]],
+    "top": 1024,
+}
+"""Týr's search at a size for CPUs."""
+FAMILIES: dict[str, Family] = {
+    "heads and neurons": Family(
+        {
+            **{m: {} for m in ("magnitude", "wanda_sp", "flap", "llm_pruner", "minitron", "nirvana", "tyr_local")},
+            "tyr": {"allocation": SEARCH},
+        },
+        WIDTH,
     ),
-    "neurons": (
-        {"kind": "width", "units": ["neuron"], "importance": {"kind": "random"}, "allocation": {"kind": "uniform"}},
-        ("maw", "cfsp"),
+    "the same, layers 4 to 27": Family({"llm_pruner": {}, "minitron": {}}, WIDTH, INNER),
+    "neurons": Family({"maw": {}, "cfsp": {}}, WIDTH | {"units": ["neuron"]}),
+    "blocks": Family({"shortgpt": {}}, {"kind": "depth", "method": "random"}),
+    "branches": Family({"finercut": {}, "laptop": {}}, {"kind": "depth", "units": "branch", "method": "random"}),
+    "weights": Family(
+        {m: {} for m in ("wanda", "sparsegpt", "owl", "gblm", "slim")}, {"kind": "sparse", "method": RANDOM}
     ),
-    "blocks": ({"kind": "depth", "method": "random"}, ("shortgpt",)),
-    "branches": ({"kind": "depth", "units": "branch", "method": "random"}, ("finercut", "laptop")),
-    "weights": (
-        {"kind": "sparse", "method": {"kind": "random"}},
-        ("wanda", "sparsegpt", "owl", "gblm"),
+    "weights, 2 of 4": Family(
+        {"wanda": {}, "armor": {"kind": "sparse", "method": {"kind": "armor", "iterations": 100}}},
+        {"kind": "sparse", "method": RANDOM},
+        {"pattern": {"keep": 2, "of": 4}},
+    ),
+    "minitron's cut": Family(
+        {
+            "full": {},
+            "last_layers": {},
+            "lora": {},
+            "lora, ranks by importance": {"kind": "lora", "ranks": "importance"},
+            "distill": {},
+            "distill, hidden states": {"kind": "distill", "hidden": "cosine"},
+        },
+        heals="minitron",
+    ),
+    "wanda's zeros": Family(
+        {
+            "full": {},
+            "perp": {},
+            "perp, scalelora": {"kind": "perp", "adapter": "scalelora"},
+            "perp, no adapter": {"kind": "perp", "adapter": None},
+            "perp, reconstruct": {"kind": "perp", "reconstruct": True},
+        },
+        heals="wanda",
+    ),
+    "while it heals": Family(
+        {
+            "gradual": {"step": WIDTH | {"ratio": 0.2, "importance": {"kind": "minitron"}}, "rows": 8},
+            "adapt_pruner": {
+                "step": WIDTH | {"ratio": 0.2, "importance": {"kind": "taylor"}, "allocation": {"kind": "adapt"}},
+                "rounds": 8,
+                "rows": 8,
+            },
+            "continuous": {"ratio": 0.2, "every": 2},
+            "lora_prune": {"ratio": 0.2, "every": 2},
+            "gradual_magnitude": {"ratio": 0.5},
+            "soft_shrinkage": {"ratio": 0.5},
+        },
+        heals="",
     ),
 }
-"""What may be removed: chance, and the methods that have to beat it there."""
-SPARSE = "weights"
 
 
-def steps_of(family: str, method: str, draw: int, options: argparse.Namespace) -> list[dict[str, object]]:
-    """The step of a method of a family; `random` is the family's draw of that number."""
-    ratio = options.sparsity if family == SPARSE else options.ratio
-    if method != "random":
-        return [{"method": method, "ratio": ratio}]
-    control = FAMILIES[family][0]
-    if family == SPARSE:
-        return [control | {"ratio": ratio, "method": {"kind": "random", "seed": draw}}]
-    if control.get("kind") == "depth":
-        return [control | {"ratio": ratio, "seed": draw}]
-    return [control | {"ratio": ratio, "importance": {"kind": "random", "seed": draw}}]
+@dataclass(frozen=True)
+class Plan:
+    """What a line does: steps, the recovery behind them (None: the default) and schedules."""
+
+    steps: list[Fields] = field(default_factory=list)
+    recover: Fields | None = None
+    schedules: list[Fields] = field(default_factory=list)
+
+
+def plan(family: str, method: str, draw: int, options: argparse.Namespace) -> Plan:
+    """Of a method of a family; `random` is the family's draw of that number."""
+    of = FAMILIES[family]
+    fields = of.methods.get(method, {})
+    if of.heals is None:
+        given = of.given or {"ratio": options.sparsity if family == "weights" else options.ratio}
+        if method != "random":
+            return Plan([({} if "kind" in fields else {"method": method}) | given | fields])
+        assert of.control is not None
+        by_chance: Fields = {"importance": RANDOM | {"seed": draw}}
+        if of.control["kind"] != "width":
+            by_chance = {"method": RANDOM | {"seed": draw}} if of.control["kind"] == "sparse" else {"seed": draw}
+        return Plan([of.control | given | by_chance])
+    if of.heals:
+        ratio = options.sparsity if of.heals == "wanda" else options.ratio
+        full = {"lr": options.lr} if method == "full" else {}
+        return Plan([{"method": of.heals, "ratio": ratio}], {"kind": method, "batch": 2} | full | fields)
+    recover = {"kind": "lora", "batch": 2} if method == "lora_prune" else None
+    return Plan([], recover, [{"kind": method} | fields])
 
 
 def blocks_of(model: str, rows: int, length: int, tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -93,30 +187,38 @@ def one(family: str, method: str, draw: int, options: argparse.Namespace, direct
     from pipeline.compress.compression import shrink
     from pipeline.compress.config import Compress
     from pipeline.compress.healing import heal
-    from pipeline.compress.recover.full import Full
     from pipeline.config import parse_as
     from pipeline.models.training import lm_loss
 
     torch.set_num_threads(options.threads)
-    steps = steps_of(family, method, draw, options)
-    config = parse_as(Compress, {"model": options.model, "data": "", "run": "", "steps": steps})
+    planned = plan(family, method, draw, options)
+    recover = planned.recover or {"kind": "full", "lr": options.lr, "batch": 2}
+    made = {"steps": planned.steps, "recover": recover, "schedules": planned.schedules}
+    config = parse_as(Compress, {"model": options.model, "data": "", "run": ""} | made)
+    assert config.recover is not None
     calibration, recovery, unseen = (np.load(directory / f"{name}.npy") for name in BLOCKS)
     model, _ = folder.load(Path(options.model))
+    dense = folder.load(Path(options.model))[0] if config.recover.needs_teacher else None
     before, had = folder.count(model), memory()
     started = time.process_time()
     smaller = shrink(model, config.steps, calibration, 4)
-    seconds, used = time.process_time() - started, memory() - had
-    line = {
-        "removed": folder.ratios(before, folder.count(smaller.model, smaller.masks)),
-        "cut": math.exp(lm_loss(smaller.model, unseen, 4)),
-        "seconds": seconds,
-        "memory": used,
-    }
+    line: dict[str, Any] = {}
+    if FAMILIES[family].heals is None:
+        line |= {"seconds": time.process_time() - started, "memory": memory() - had}
+    if config.steps:
+        line["cut"] = math.exp(lm_loss(smaller.model, unseen, 4))
+    model, masks = smaller.model, smaller.masks
     if options.tokens and draw == 0:
-        recipe, work = Full(lr=options.lr, batch=2), directory / "healing"
-        done = heal(smaller.model, recipe, recovery, options.tokens, masks=smaller.masks, directory=work)
-        line["healed"] = math.exp(lm_loss(done.model, unseen, 4))
-    return line
+        had, started = memory(), time.process_time()
+        done = heal(
+            model, config.recover, recovery, options.tokens, teacher=dense, masks=masks,
+            directory=directory / "healing", callbacks=config.schedules,
+        )  # fmt: skip
+        model, masks = done.model, done.masks
+        if FAMILIES[family].heals is not None:
+            line |= {"seconds": time.process_time() - started, "memory": memory() - had}
+        line["healed"] = math.exp(lm_loss(model, unseen, 4))
+    return line | {"removed": folder.ratios(before, folder.count(model, masks))}
 
 
 def memory() -> float:
@@ -151,8 +253,11 @@ def main() -> None:
 def asked(options: argparse.Namespace) -> list[tuple[str, str, int]]:
     """Family, method and draw of every line, in the order of the table."""
     lines = []
-    for family, (_, methods) in FAMILIES.items():
-        wanted = [m for m in ("random", *methods) if options.only is None or m in options.only]
+    for family, of in FAMILIES.items():
+        if of.heals is not None and not options.tokens:
+            continue
+        methods = (*(["random"] if of.control else []), *of.methods)
+        wanted = [m for m in methods if options.only is None or m in options.only]
         lines += [(family, m, draw) for m in wanted for draw in range(options.draws if m == "random" else 1)]
     return lines
 
@@ -219,8 +324,10 @@ def written(lines: list[dict[str, Any]], dense: float, options: argparse.Namespa
         family, method, draw = line["line"]
         if draw:
             continue  # told with the first draw
-        draws = [other["cut"] for other in lines if other["line"][:2] == line["line"][:2]]
-        cut = f"{np.mean(draws):.2f}" + (f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else "")
+        draws = [other["cut"] for other in lines if other["line"][:2] == line["line"][:2] and "cut" in other]
+        cut = (f"{np.mean(draws):.2f}" if draws else "") + (
+            f" ({min(draws):.2f} to {max(draws):.2f})" if len(draws) > 1 else ""
+        )
         cells = [
             family, method, f"{line['removed']['prunable']:.1%}", f"{line['removed']['flops_per_token']:.1%}", cut,
             f"{line['healed']:.2f}" if "healed" in line else "", f"{line['seconds']:.1f}", f"{line['memory']:.0f}",

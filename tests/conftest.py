@@ -28,6 +28,8 @@ settings.load_profile("tamis")
 RAY_CPUS = 6
 """Cores that Ray believes in, so that four workers and the lasting two run side by side on any machine."""
 
+DEBIAN = ("openclipart/png", "openclipart/svg", "tuxpaint/stamps", "datasets/fashion-mnist")
+
 RowsOf = Callable[[int, int], dict[str, Any]]
 
 
@@ -39,6 +41,16 @@ def shared_data() -> Path:
         assert "TAMIS_REQUIRE_SHARED_DATA" not in os.environ, f"{path} is not there"  # CI must not skip these
         pytest.skip("no ../shared/data beside the repository")
     return path
+
+
+@pytest.fixture(scope="session")
+def debian_root() -> Path:
+    """Where `make debian` has unpacked packages with real images, or `/`, where they may be installed."""
+    for root in (ROOT / ".debian", Path("/")):
+        if all((root / "usr/share" / part).is_dir() for part in DEBIAN):
+            return root
+    assert "TAMIS_REQUIRE_DEBIAN_DATA" not in os.environ, "make debian has unpacked nothing"
+    pytest.skip("real images are not there: make debian")
 
 
 @pytest.fixture(scope="session")
