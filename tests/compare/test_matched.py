@@ -36,7 +36,7 @@ from pipeline.compress.steps.stun import Stun
 from pipeline.config import parse, parse_as
 from pipeline.curation import curate
 from pipeline.errors import ConfigError
-from pipeline.models.training import Shape
+from pipeline.models.training import Shape, pack, save_lm, train_lm, train_tokenizer
 from tests.tiny_lm import sentences, trained
 from tests.tiny_run import make_run
 
@@ -446,6 +446,51 @@ def test_a_trimmed_vocabulary_and_masks_that_were_there_before(tiny_run: str, di
     counted = pq.read_table(directory / "students" / "counted.parquet")["text"]
     held = pq.read_table(directory / "held_out" / "00.parquet")["text"].to_pylist()
     assert not set(counted.to_pylist()) & set(held)
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of eight experts a layer, two for a token, trained on the corpus's language."""
+    from tests.compress.test_experts import make
+
+    texts, place = sentences(300), tmp_path_factory.mktemp("mixture")
+    tokenizer, model = train_tokenizer(texts, 300), make("qwen3_moe", vocab_size=300)
+    train_lm(model, pack([e.ids for e in tokenizer.encode_batch(texts)], 32, 0), 100, 8, 5e-3, 0)
+    save_lm(model, tokenizer, place)
+    return place
+
+
+@pytest.mark.parametrize(
+    "step",
+    [{"method": "reap", "ratio": 0.5, "least": 1}, {"method": "stun", "ratio": 0.5, "experts": 0.25, "least": 1}],
+)
+def test_mixtures_of_experts(tiny_run: str, mixture: Path, tmp_path: Path, step: dict[str, Any]) -> None:
+    arms = ["A", "B", "E"] + ["R"] * (step["method"] == "reap")  # stun has no control by chance
+    results = compared(tiny_run, tmp_path, model=str(mixture), steps=[step], arms=arms, keep=arms[1:])
+    check_spending(results)
+    left = 4 if step["method"] == "reap" else 6
+    for name in arms[1:]:
+        model, _ = folder.load(tmp_path / "arms" / f"{name}-0" / "model")
+        assert model.config.num_experts == left
+        assert results.arms[name].parameters == results.arms["cut"].parameters < results.arms["A"].parameters
+        if step["method"] == "stun":
+            assert results.arms[name].zeros == pytest.approx(results.arms["cut"].zeros, abs=1e-6)
+    language = {name: arm.measures["bits_per_byte.pool"].mean for name, arm in results.arms.items()}
+    assert language["B"] < language["cut"]
+    assert language["B"] < language["E"]  # new weights have learnt little by now
+
+
+def test_zeros_with_factors_of_low_rank_beside_them(tiny_run: str, directory: Path) -> None:
+    steps, arms = [{"method": "slim", "ratio": 0.5}], ["A", "B", "R"]
+    results = compared(tiny_run, directory, steps=steps, arms=arms, keep=["B"])
+    check_spending(results)
+    lines = {line.arm.name: line for line in results.plan.lines}
+    assert lines["B"].tokens < lines["A"].tokens  # factors are more to multiply, and what Wanda measures comes off
+    assert results.arms["B"].parameters > results.arms["A"].parameters
+    names = [n for n, _ in folder.load(directory / "arms" / "B-0" / "model")[0].named_parameters()]
+    assert any(name.endswith(".left") for name in names)
+    language = {name: arm.measures["bits_per_byte.pool"].mean for name, arm in results.arms.items()}
+    assert language["B"] < language["cut"]
 
 
 def test_own_parent_chosen_arms_and_seeds_from_the_command_line(tiny_run: str, tmp_path: Path) -> None:
