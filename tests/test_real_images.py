@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,8 +18,8 @@ from pipeline.corpus.storage import Store
 from pipeline.engine.pool import InlinePool
 from pipeline.models.images import decode
 from pipeline.report.stored import quarantined
+from tests.scripts import script
 
-ROOT = Path(__file__).parents[1]
 LARGE = (
     "signs_and_symbols/stop_sign_miguel_s_nchez_",
     "computer/microchip_v.2_havok_redh_01",
@@ -30,15 +28,6 @@ LARGE = (
 """Of 623, 231 and 169 million pixels, in files of a few hundred kilobytes."""
 
 Image = pytest.importorskip("PIL.Image")
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +18,10 @@ from pipeline.output.feeding import feeding
 from pipeline.output.loader import CuratedDataset
 from pipeline.output.pack.base import write_packed
 from pipeline.output.pack.best_fit import BestFit
+from tests.scripts import script
 from tests.tiny_lm import sentences, trained
 from tests.tiny_run import make_run
 
-EXAMPLES = Path(__file__).parents[1] / "examples/trainers"
 BATCH, STEPS = 4, 6
 
 
@@ -44,12 +43,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 
 
 def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script(f"examples/trainers/{name}.py")
 
 
 @pytest.fixture(scope="module")
