@@ -20,12 +20,11 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,15 +32,15 @@ import pyarrow.parquet as pq
 
 from pipeline import __version__
 from pipeline.artifact import Artifact, BuildTask
-from pipeline.corpus.chat import TYPES, Chat, template_of
-from pipeline.corpus.images import is_image
-from pipeline.corpus.listing import File, list_corpus, read_footers, schema_with
+from pipeline.corpus.chat import TYPES
+from pipeline.corpus.listing import File, list_corpus, read_footers
+from pipeline.corpus.roles import chat_of, checked_schema, wanted_columns
 from pipeline.corpus.shards import MIB, Shard, default_shard_bytes, plan_shards
 from pipeline.corpus.storage import Store
 from pipeline.corpus.tar import index_place, is_tar
-from pipeline.corpus.text import is_text
 from pipeline.engine.aggregate import FAN_IN, MANY_SHARDS, FoldTask, MergeTask, load_state, state_name
 from pipeline.engine.components import PAIR_BYTES, check_keys, connect_components
+from pipeline.engine.connection import Connection
 from pipeline.engine.materialize import Filling, MaterializeTask, Plan, stored_fields
 from pipeline.engine.parts import part_name, survey
 from pipeline.engine.pool import InlinePool, Outcome, Pool, Task
@@ -100,40 +99,39 @@ class Run:
         self.store = Store(self.config.run)
         self.seed = self.config.seed
         self.manifest: dict[str, Any] = {}
-        self._pool: Pool | None = None
-        # One thread connects and lets go: the processes that Ray starts live no longer than the thread that does.
-        self._engine = ThreadPoolExecutor(1, "engine")
-        self._connecting: Future[Pool] | None = None
-        self._closing: Future[None] | None = None
+        self._engine = Connection(self.connect)
         self._lock = RunLock(self.store)
 
     # ---- opening and closing
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         try:
             self._lock.acquire()
         except (OSError, ValueError) as error:
             raise ConfigError(f"run: cannot write to {self.store.uri}: {error}") from error
         try:
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                self.manifest = json.loads(self.store.read("manifest.json"))
-            if self.manifest.get("status") in ("running", "failed"):
-                self.store.remove_temporaries()
-            described = self.config.model_dump(mode="json")
-            self.manifest |= {"tamis": __version__, "config": described, "status": "running", "passes": []}
-            self._list()
-            self.save()
+            self._open()
         except BaseException:
-            self._disconnect()
+            self._engine.close()
             self._lock.release()
             raise
         return self
+
+    def _open(self) -> None:
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            self.manifest = json.loads(self.store.read("manifest.json"))
+        if self.manifest.get("status") in ("running", "failed"):
+            self.store.remove_temporaries()
+        described = self.config.model_dump(mode="json")
+        self.manifest |= {"tamis": __version__, "config": described, "status": "running", "passes": []}
+        self._list()
+        self.save()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._disconnect()
+            self._engine.close()
             if error is not None:
                 self.manifest |= {"status": "failed", "error": str(error) or type(error).__name__}
                 with contextlib.suppress(OSError):  # a full disk must not hide what went wrong
@@ -171,24 +169,13 @@ class Run:
 
     def _list(self) -> None:
         corpus = self.config.corpus
-        wanted = None
-        if corpus.columns is not None:
-            roles = [corpus.text, corpus.image, *corpus.chat_columns, corpus.id]
-            wanted = list(dict.fromkeys([*corpus.columns, *(name for name in roles if name is not None)]))
-        self.listing = list_corpus(corpus.paths, self.store, wanted, corpus.refresh, self._read_chunks)
-        named = {"text": corpus.text, "image": corpus.image, "id": corpus.id, "source": corpus.source}
-        names = [*named.values(), *corpus.chat_columns]
-        self.schema = schema_with(self.listing, [name for name in names if name is not None])
+        self.listing = list_corpus(corpus.paths, self.store, wanted_columns(corpus), corpus.refresh, self._read_chunks)
+        self.schema = checked_schema(corpus, self.listing)
         self._has_tars = any(map(is_tar, self.listing["uri"].to_pylist()))
-        for role, name in named.items():
-            if name is not None and name not in self.schema.names:
-                columns = ", ".join(self.schema.names)
-                raise ConfigError(f"corpus.{role}: the corpus has no column {name!r}; it has {columns}")
-        if corpus.text is not None and not is_text(kind := self.schema.field(corpus.text).type):
-            raise ConfigError(f"corpus.text: column {corpus.text!r} is {kind}, not text")
-        if corpus.image is not None and not is_image(kind := self.schema.field(corpus.image).type):
-            raise ConfigError(f"corpus.image: column {corpus.image!r} is {kind}, not images: bytes or paths")
-        chat = self._chat()
+        chat = chat_of(corpus, self.schema)
+        self.manifest.pop("chat", None)
+        if chat is not None:  # noted for whoever looks
+            self.manifest["chat"] = asdict(chat)
         self.shards = plan_shards(self.listing, self._shard_bytes(), self.store, corpus.max_image_bytes)
         if not self.rows:
             raise CorpusError(f"corpus.path: the corpus has no rows in {len(self.listing)} files")
@@ -197,18 +184,6 @@ class Run:
         if self.manifest.get("corpus", {}).get("identity", identity) != identity:
             self._sweep()
         self.manifest["corpus"] = {"files": files, "shards": len(self.live), "rows": self.rows, "identity": identity}
-
-    def _chat(self) -> Chat | None:
-        """How the corpus's conversations are written, where it holds any. Noted in the manifest for whoever looks."""
-        corpus = self.config.corpus
-        self.manifest.pop("chat", None)
-        if not corpus.chat_columns:
-            return None
-        found = template_of(corpus.template) if corpus.template else {}
-        chat = Chat(corpus.prompts, corpus.response, corpus.messages, **found)
-        chat.check(self.schema)
-        self.manifest["chat"] = asdict(chat)
-        return chat
 
     def _sweep(self) -> None:
         """Remove the parts of shards that are no more, and the indexes of tars that are not listed."""
@@ -523,7 +498,7 @@ class Run:
         """
         if not units:
             return
-        pool: Pool = InlinePool(self.config.engine.retries) if light and self._pool is None else self._started()
+        pool: Pool = InlinePool(self.config.engine.retries) if light and not self._engine.up else self._engine.pool()
         lost, started = pool.lost, time.monotonic()
         with Progress(label, len(units), self.quiet or not noted) as progress:
             for outcome in pool.map(task, units, self._resources(resources)):
@@ -567,40 +542,20 @@ class Run:
         memory = wish.memory or int(engine.memory_gb * (1 << 30))
         return replace(wish, cpus=engine.cpus if wish == Resources() else wish.cpus, memory=memory)
 
-    def warm_up(self) -> Future[Pool]:
-        """Begin to connect: Ray takes seconds to start, in which the driver can fit and plan."""
-        if self._connecting is None:
-            self._connecting = self._engine.submit(self.connect)
-        return self._connecting
+    def warm_up(self) -> None:
+        """Begin to connect, while the driver fits and plans."""
+        self._engine.begin()
 
     def release(self) -> None:
         """Let go of the engine, in the background: what is left to do is light. A heavy pass would connect again."""
-        if self._connecting is not None:
-            self._closing = self._engine.submit(_close, self._connecting)
-        self._pool = self._connecting = None
-
-    def _disconnect(self) -> None:
-        self.release()
-        self._engine.shutdown()
-        if self._closing is not None:
-            self._closing.result()
-
-    def _started(self) -> Pool:
-        if self._pool is None:
-            self._pool = self.warm_up().result()
-        return self._pool
+        self._engine.release()
 
     def _is_light(self, references: Sequence[str]) -> bool:
         """Whether a pass reads so little that the driver had better do it."""
-        if self._pool is not None or any(self.layout.source_columns(r) for r in references):
+        if self._engine.up or any(self.layout.source_columns(r) for r in references):
             return False
         columns = {r.partition(".")[0] for r in references} - {"address"}
         return sum(sum(self.store.files("columns", column).values()) for column in columns) <= LIGHT_BYTES
-
-
-def _close(connecting: Future[Pool]) -> None:
-    if connecting.exception() is None:
-        connecting.result().close()
 
 
 def _bits(kind: pa.DataType) -> int:

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -135,20 +135,10 @@ class CuratedSet:
 class FedRun(Run):
     """A curated run to feed from; `with feeding(uri) as run:`. Columns are named by `adopt` before they are read."""
 
-    def __enter__(self) -> Self:
-        try:
-            self._lock.acquire()
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"run: cannot write to {self.store.uri}: {error}") from error
-        try:
-            self.manifest = json.loads(self.store.read("manifest.json")) | {"passes": []}
-            self.curated = CuratedSet.of(self.store.uri, self.manifest)
-            self._list()
-        except BaseException:
-            self._disconnect()
-            self._lock.release()
-            raise
-        return self
+    def _open(self) -> None:
+        self.manifest = json.loads(self.store.read("manifest.json")) | {"passes": []}
+        self.curated = CuratedSet.of(self.store.uri, self.manifest)
+        self._list()
 
     def save(self) -> None:
         """The manifest is the curation's and stays as it is; what is fed says what it is in files of its own."""
