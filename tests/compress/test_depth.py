@@ -105,6 +105,30 @@ def test_block_influence_and_angles() -> None:
     np.testing.assert_allclose(one["span.angle"], sums["turn.angle"])
 
 
+class WithoutMask(torch.nn.Module):  # type: ignore[name-defined, misc]
+    """A model that is not told which tokens somebody leaves out of a mean."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Any, attention_mask: Any) -> Any:
+        return self.model(input_ids)
+
+
+def test_block_influence_is_that_of_optipfair(tiny_trained: tuple[Any, Any, np.ndarray]) -> None:
+    depth = pytest.importorskip("optipfair.pruning.depth")
+    model, _, blocks = tiny_trained
+    ids = torch.from_numpy(blocks[:6].astype(np.int64))
+    mask = torch.ones_like(ids)
+    mask[:, 0] = 0  # the first token of all, where attention drains to, does not count with us
+    batches = [{"input_ids": ids, "attention_mask": mask}]
+    theirs = depth.analyze_layer_importance(WithoutMask(model), batches, "model.model.layers", show_progress=False)
+    sums = Calibration.of_blocks(model, blocks[:6], 3).measure(Turns(anatomy(model).blocks))
+    ours = 1 - sums["turn.cosine"] / sums["turn.tokens"]
+    np.testing.assert_allclose(ours, [theirs[i] for i in range(len(theirs))], rtol=1e-4)
+
+
 def test_distances() -> None:
     a = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     b = torch.tensor([[[0.0, 1.0], [0.0, 1.0]]])

@@ -11,6 +11,7 @@ from pipeline.compress.architecture import anatomy
 from pipeline.compress.calibration import Calibration
 from pipeline.compress.importance.magnitude import Magnitude
 from pipeline.compress.importance.maw import Maw
+from pipeline.compress.steps.width import Width
 from pipeline.compress.surgery import zero
 from pipeline.compress.units import Kind
 from pipeline.errors import ConfigError
@@ -64,6 +65,18 @@ def test_maw_reads_the_rows_before_the_activation(name: str) -> None:
     np.testing.assert_array_equal(before[0], after[0])
     assert np.flatnonzero(after[1] != before[1]).tolist() == [3, 5]
     assert after[1][[3, 5]].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("measure", ["maw", "vow", "pon"])
+def test_the_neurons_that_go_are_those_that_optipfair_takes(measure: str) -> None:
+    mlp_glu = pytest.importorskip("optipfair.pruning.mlp_glu")
+    tiny = make_tiny("llama")
+    theirs = mlp_glu.prune_model_mlp_glu(deepcopy(tiny.model), measure.upper(), 25, show_progress=False)
+    step = Width(units=("neuron",), importance=Maw.model_validate({"measure": measure}), ratio=0.25)
+    ours = step.apply(tiny.model, Calibration(tiny.model, [])).model
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    for name, parameter in theirs.named_parameters():
+        assert torch.equal(ours.get_parameter(name), parameter)
 
 
 def test_maw_is_for_neurons() -> None:

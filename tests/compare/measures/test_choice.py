@@ -89,7 +89,7 @@ def test_real_questions(shared_data: Path, lm: tuple[Any, Any]) -> None:
 
 
 def test_values_are_those_of_lm_eval(tmp_path: Path, lm: tuple[Any, Any], shared_data: Path) -> None:
-    """Where lm-eval is installed; it runs offline on a local file. On 20 questions of ARC-Easy SmolLM2-135M-Instruct
+    """It runs offline on a local file. On 20 questions of ARC-Easy SmolLM2-135M-Instruct
     has acc .5 and acc_norm .25 by both, log-likelihoods alike to 3e-5."""
     pytest.importorskip("lm_eval")
     from lm_eval import simple_evaluate
