@@ -149,6 +149,19 @@ def all_pairs() -> list[Any]:
     return [torch.zeros(1, 4, dtype=torch.bool).index_fill(1, c, True) for c in torch.combinations(torch.arange(4))]
 
 
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_magnitude_is_that_of_torch(share: float) -> None:
+    from torch.nn.utils.prune import l1_unstructured
+
+    m = random_matrix(3)
+    layer = torch.nn.Linear(16, 8, bias=False)
+    layer.weight.data = m.weight.clone()
+    l1_unstructured(layer, "weight", amount=share)
+    pruned = Magnitude().prune(m, Quota(128 - round(share * 128)))
+    assert torch.equal(pruned.mask, layer.weight_mask.bool())
+    assert torch.equal(pruned.weight, layer.weight)
+
+
 @settings(deadline=None, max_examples=25)
 @given(seeds, st.integers(0, 128))
 def test_counts_are_exact_whatever_the_ties(seed: int, keep: int) -> None:
