@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import settings
 
 from pipeline.config import EngineConfig, parse
+from pipeline.corpus.storage import _s3
 from pipeline.engine.connect import connect
 from pipeline.engine.pool import InlinePool, Pool, RayPool
 from pipeline.run import Run
@@ -51,6 +53,27 @@ def debian_root() -> Path:
             return root
     assert "TAMIS_REQUIRE_DEBIAN_DATA" not in os.environ, "make debian has unpacked nothing"
     pytest.skip("real images are not there: make debian")
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket of an S3 server on loopback; its URI. The environment has the address and the keys."""
+    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
+    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    for name, value in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"tamis-{uuid.uuid4().hex}"  # servers of a process share their buckets
+    boto3.client("s3").create_bucket(Bucket=name)
+    yield f"s3://{name}"
+    running.stop()
+    _s3.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.corpus.storage import Store
 from pipeline.errors import ConfigError, MissingExtra, TamisError
 from pipeline.output.export._json import lines
 from pipeline.output.export.base import Export, write_export
@@ -42,7 +43,7 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(orders, "PART_ROWS", 50)
 
 
-def exported(run: str, export: Export, target: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def exported(run: str, export: Export, target: Path | str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What was written, and the rows that are expected there, in order."""
     with opened(run) as fed:
         order = write_order(fed, Shuffled(name="to-export"))
@@ -91,6 +92,16 @@ def test_datasets_reads_its_own(run: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert "num_examples: 200" in card
     assert "What became of every row" in card
     assert len(described["files"]) > 4
+
+
+@pytest.mark.parametrize("export", [Jsonl(), Huggingface(), Webdataset(image="picture")])
+def test_an_object_store_gets_the_same_files(run: str, export: Export, tmp_path: Path, bucket: str) -> None:
+    there, here = Store(f"{bucket}/out"), Store(str(tmp_path / "out"))
+    described = [exported(run, export, store.uri)[0] for store in (there, here)]
+    assert described[0]["files"] == described[1]["files"]
+    assert there.files(recursive=True).keys() == here.files(recursive=True).keys() >= {*described[0]["files"]}
+    for name in described[0]["files"]:
+        assert there.read(name) == here.read(name)
 
 
 def test_rows_that_an_order_repeats_are_counted(run: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from pipeline.corpus.storage import Store, _s3
+from pipeline.corpus.storage import Store
 from pipeline.curation import curate
 from pipeline.engine.pool import InlinePool
 from pipeline.errors import ConfigError, CorpusError
@@ -422,28 +422,16 @@ def test_parts_that_were_made_anew_are_refused(own: str, key: str) -> None:
         opened(own, columns=None, **{key: "s0"})
 
 
-def test_an_object_store(run: str, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    boto3, server = pytest.importorskip("boto3"), pytest.importorskip("moto.server")
-    running = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    running.start()
-    try:
-        host, port = running.get_host_and_port()
-        keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
-        for name, value in (keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}).items():
-            monkeypatch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="tamis-loader")
-        store = Store("s3://tamis-loader/run")
-        for path in [Path(run, "manifest.json"), *Path(run, "curated").iterdir()]:
-            store.write(path.read_bytes(), *path.relative_to(run).parts)
-        data = opened(store.uri)
-        assert data.fingerprint == opened(run).fingerprint  # a set that was moved is the same set
-        assert numbers(data) == expected
-        assert CuratedLoader(data, workers=1).start_method == "spawn"
-        with pytest.raises(ConfigError, match="does not survive a fork"):
-            list(DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork"))
-    finally:
-        running.stop()
-        _s3.cache_clear()
+def test_an_object_store(run: str, expected: list[list[int]], bucket: str) -> None:
+    store = Store(f"{bucket}/run")
+    for path in [Path(run, "manifest.json"), *Path(run, "curated").iterdir()]:
+        store.write(path.read_bytes(), *path.relative_to(run).parts)
+    data = opened(store.uri)
+    assert data.fingerprint == opened(run).fingerprint  # a set that was moved is the same set
+    assert numbers(data) == expected
+    assert CuratedLoader(data, workers=1).start_method == "spawn"
+    with pytest.raises(ConfigError, match="does not survive a fork"):
+        list(DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork"))
 
 
 # ---- the door
