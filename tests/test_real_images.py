@@ -103,8 +103,7 @@ def test_stamps_are_trusted_pairs(debian_root: Path, tmp_path: Path) -> None:
 
 
 def test_fashion_mnist_teaches_a_small_network(debian_root: Path, tmp_path: Path) -> None:
-    """A classifier learns from a third of 3,000 images, and images that others find easy teach it less than random ones
-    do: of ten classes the easy images of some are all alike."""
+    """A classifier learns from a third of 3,000 images; those that others find easy teach it less than random ones."""
     made = script("bench/fashion_mnist.py").write_corpus(debian_root, 3000, tmp_path / "corpus")
     assert made["label"].value_counts().field("counts").to_pylist() == pytest.approx([300] * 10, abs=40)
     config = parse(

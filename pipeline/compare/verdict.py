@@ -15,7 +15,7 @@ training) trainings like these, or one that is so much longer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -148,38 +148,38 @@ def worth_of(gain: float, gain_of_longer: float) -> float | None:
     return float(LONGER ** min(1.0, gain / gain_of_longer))
 
 
-def heads(measure: str) -> tuple[str, ...]:
-    """Heads of the table; `measure` is what the numbers are, lower being better."""
-    return ("criterion", "budget", f"target {measure}", "to random", f"mix {measure}", "to random", "cost", "verdict")
+def cells(lines: Sequence[Line], measure: str) -> list[tuple[str, ...]]:
+    """The table as text, heads first, a line an arm; `measure` is what the numbers are, lower being better.
 
+    Where there is no target there is no column for it.
+    """
 
-def cells(line: Line) -> tuple[str, ...]:
-    """A line as text, under `heads`."""
-
-    def signed(value: Interval | None) -> str:
+    def signed(line: Line, value: Interval | None) -> str:
         return "" if value is None or line.verdict == "baseline" else f"{value.mean:+.4f} ± {value.half:.4f}"
 
-    return (
-        line.arm,
-        f"{100 * line.at:g} %",
-        str(line.target or ""),
-        signed(line.target_difference),
-        str(line.mix),
-        signed(line.mix_difference),
-        "not known" if line.cost is None else duration(line.cost),
-        line.sentence(),
-    )
+    def cost(line: Line) -> str:
+        return "not known" if line.cost is None else duration(line.cost)
 
-
-def table(lines: Sequence[Line], measure: str) -> str:
-    """A table in Markdown, a line an arm."""
-    rows = [heads(measure), ("---",) * len(heads(measure)), *map(cells, lines)]
-    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in row)} |" for row in rows)
+    columns: list[tuple[str, Callable[[Line], str]]] = [
+        ("criterion", lambda line: line.arm),
+        ("budget", lambda line: f"{100 * line.at:g} %"),
+        (f"target {measure}", lambda line: str(line.target or "")),
+        ("to random", lambda line: signed(line, line.target_difference)),
+        (f"mix {measure}", lambda line: str(line.mix)),
+        ("to random", lambda line: signed(line, line.mix_difference)),
+        ("cost", cost),
+        ("verdict", lambda line: line.sentence()),
+    ]
+    if all(line.target is None for line in lines):
+        del columns[2:4]
+    return [tuple(head for head, _ in columns), *(tuple(cell(line) for _, cell in columns) for line in lines)]
 
 
 def markdown(lines: Sequence[Line], setting: str, measure: str = "loss") -> str:
-    """The table as a page, below what was run."""
-    return f"# Which criterion earns its cost\n\n{setting}\n\n{table(lines, measure)}\n"
+    """The table in Markdown as a page, below what was run."""
+    heads, *rows = cells(lines, measure)
+    table = [" | ".join(c.replace("|", "\\|") for c in row) for row in (heads, ("---",) * len(heads), *rows)]
+    return "\n".join(["# Which criterion earns its cost", "", setting, "", *(f"| {row} |" for row in table), ""])
 
 
 def print_comparison(done: Compared) -> None:
@@ -187,7 +187,8 @@ def print_comparison(done: Compared) -> None:
     out = console()
     out.print(text(done.setting))
     out.print()
-    print_table(out, heads(done.measure), map(cells, done.lines), "lnnnnnnt")
+    heads, *rows = cells(done.lines, done.measure)
+    print_table(out, heads, rows, "l" + "n" * (len(heads) - 2) + "t")
     out.print()
     out.print(text(f"Table    {done.markdown}"))
     out.print(text(f"Numbers  {done.json}"))
