@@ -29,6 +29,7 @@ from pipeline.compress.steps.base import Step
 from pipeline.compress.steps.depth import Depth
 from pipeline.compress.steps.experts import Experts
 from pipeline.compress.steps.sparse import Sparse
+from pipeline.compress.steps.stun import Stun
 from pipeline.compress.steps.vocab import Vocab
 from pipeline.compress.steps.width import Width
 
@@ -78,7 +79,7 @@ EFFECTS = {
 """What a difference of two arms tells."""
 
 
-DRAWN = Width | Depth | Sparse | Experts
+DRAWN = Width | Depth | Sparse | Experts | Stun
 """Steps whose units can be drawn by chance."""
 MASKING = ("gradual_magnitude", "soft_shrinkage")
 """Schedules of masks whose way is known before they start, as it is of all that are `Stepped`."""
@@ -166,6 +167,9 @@ def _by_chance(step: Step, seed: int) -> Step:
         return step.model_copy(update={"importance": Random(seed=seed), "compensation": None})
     if isinstance(step, Sparse):
         return step.model_copy(update={"method": RandomWeights(seed=seed), "refit": False})
+    if isinstance(step, Stun):
+        update = {"criterion": "random", "method": RandomWeights(seed=seed), "seed": seed}
+        return step.model_copy(update=update)
     if isinstance(step, Experts):
         return step.model_copy(update={"criterion": "random", "seed": seed})
     return step.model_copy(update={"method": "random", "seed": seed}) if isinstance(step, Depth) else step

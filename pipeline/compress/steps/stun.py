@@ -41,14 +41,16 @@ class Stun(Step):
     kind: Literal["stun"] = "stun"
     ratio: float = Field(0.4, ge=0, lt=1, description="share of the matrices' weights that goes, experts included")
     experts: float = Field(0.2, ge=0, lt=1, description="share of the experts of a layer that goes first")
+    criterion: Literal["stun", "random"] = Field("stun", description="how the experts are chosen")
     method: SerializeAsAny[Annotated[Pruner, recipe_in("pipeline.compress.sparse", Pruner)]] = Wanda()
     allocation: SerializeAsAny[Annotated[Allocation, recipe_in("pipeline.compress.allocation", Allocation)]] = Uniform()
     cap: float = Field(0.9, gt=0, le=1, description="most that a matrix may lose")
     least: int = Field(32, ge=1, description="tokens that an expert must be routed for what it reads to count")
+    seed: int = Field(0, description="criterion random: of the draw")
 
     def apply(self, model: nn.Module, calibration: Calibration) -> Outcome:
         before = _weights(model)
-        structured = Experts(ratio=self.experts, criterion="stun").apply(model, calibration)
+        structured = Experts(ratio=self.experts, criterion=self.criterion, seed=self.seed).apply(model, calibration)
         left = _weights(model)
         if (gone := 1 - left / before) > self.ratio + 1e-9:
             raise ConfigError(
