@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from vision_toys import pairs
 
 from pipeline import curate
+from pipeline.errors import TamisError
 from pipeline.models.judge import TextJudge, number_in
 from pipeline.scores.mlm_filter import MlmFilter
 
@@ -62,6 +63,21 @@ class Seeing:
         return ["no idea" if "blue" in p else f"{len(i) % 90}" for i, p in zip(images, prompts, strict=True)]
 
 
+class Blind:
+    """Answers with the length of what it is asked; says nothing of images, and gets none."""
+
+    def __call__(self, images: list[bytes] | None, prompts: list[str]) -> list[str]:
+        assert images is None
+        return [f"{len(p) % 90}" for p in prompts]
+
+
+class Terse:
+    """Answers but once, whatever it is asked."""
+
+    def __call__(self, images: list[bytes] | None, prompts: list[str]) -> list[str]:
+        return ["50"]
+
+
 class Uncallable:
     pass
 
@@ -69,7 +85,7 @@ class Uncallable:
 @pytest.fixture
 def judges(monkeypatch: pytest.MonkeyPatch) -> str:
     module = ModuleType("judges_of_a_user")
-    vars(module).update(Seeing=Seeing, Uncallable=Uncallable)
+    vars(module).update(Seeing=Seeing, Blind=Blind, Terse=Terse, Uncallable=Uncallable)
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return module.__name__
 
@@ -98,6 +114,14 @@ def test_a_judge_of_the_users_sees_images_and_what_it_leaves_open_is_no_zero(tmp
     assert refused["reason"].to_pylist() == ["judge_parse"] * sum(blue)
     assert "matches the image" in Seeing.asked[0]
     assert f"Caption: {table['text'][0]}\n" in Seeing.asked[0]
+
+
+def test_a_judge_of_the_users_for_texts_alone(tmp_path: Path, judges: str) -> None:
+    table = pa.table({"text": ["elm", "oak oak", "a longer one"]})
+    found = scored(tmp_path, table, {"judge": f"{judges}:Blind", "prompt": "{text}!"})["score"].to_pylist()
+    assert found == [len(text) + 1 for text in table["text"].to_pylist()]
+    with pytest.raises(TamisError, match="Terse gave 1 answers to 3 prompts"):
+        scored(tmp_path, table, {"judge": f"{judges}:Terse"})
 
 
 @pytest.fixture(scope="module")
