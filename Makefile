@@ -23,9 +23,10 @@ debian: .debian/.done  ## real images that some tests and examples read; unpacke
 
 # 350 MB of clip art with captions and of labelled images. The index of packages may be missing on a fresh machine.
 DEBIAN_PACKAGES := dataset-fashion-mnist openclipart-png openclipart-svg tuxpaint-stamps-default
+APT := apt-get -qq -o Acquire::Retries=0 -o Acquire::http::Timeout=20
 .debian/.done:
 	mkdir -p .debian
-	cd .debian && (apt-get download -q $(DEBIAN_PACKAGES) || (apt-get update -q && apt-get download -q $(DEBIAN_PACKAGES)))
+	cd .debian && ($(APT) download $(DEBIAN_PACKAGES) || ($(APT) update && $(APT) download $(DEBIAN_PACKAGES)))
 	cd .debian && for package in *.deb; do dpkg-deb -x $$package . || exit 1; done && rm *.deb
 	touch $@
 
