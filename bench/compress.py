@@ -87,7 +87,9 @@ FAMILIES: dict[str, Family] = {
     "the same, layers 4 to 27": Family({"llm_pruner": {}, "minitron": {}}, WIDTH, INNER),
     "neurons": Family({"maw": {}, "cfsp": {}}, WIDTH | {"units": ["neuron"]}),
     "blocks": Family({"shortgpt": {}}, {"kind": "depth", "method": "random"}),
-    "branches": Family({"finercut": {}, "laptop": {}}, {"kind": "depth", "units": "branch", "method": "random"}),
+    "branches": Family(
+        {m: {"rows": 2} for m in ("finercut", "laptop")}, {"kind": "depth", "units": "branch", "method": "random"}
+    ),
     "weights": Family(
         {m: {} for m in ("wanda", "sparsegpt", "owl", "gblm", "slim")}, {"kind": "sparse", "method": RANDOM}
     ),
