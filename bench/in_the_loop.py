@@ -291,7 +291,7 @@ def noisy(options: argparse.Namespace) -> None:
                         def __call__(self, given: Any) -> Any:
                             choice, (step, rows) = inner(given), next(at)
                             if step >= len(picks) // 2:
-                                total[rows] += inner.weights.numpy()  # type: ignore[attr-defined]
+                                total[rows] += inner.weights.numpy()  # type: ignore[attr-defined]  # of this operator
                             return choice
 
                     return Watched()

@@ -87,8 +87,8 @@ def main() -> None:
     for length in asked.length:
         kinds: dict[str, Pack] = {k: made(length=length, ids="-", end_id=0) for k, made in KINDS.items()}
         for kind, pack in kinds.items():
-            report(documents, kind, lambda pack=pack: pack.place(lengths, True), length)  # type: ignore[misc]
-        report(documents, "padded", lambda length=length: padded(lengths, length), length)  # type: ignore[misc]
+            report(documents, kind, lambda pack=pack: pack.place(lengths, True), length)  # type: ignore[misc]  # a default binds the loop's value
+        report(documents, "padded", lambda length=length: padded(lengths, length), length)  # type: ignore[misc]  # a default binds the loop's value
 
     rng = np.random.default_rng(0)
     many = rng.integers(1, 1025, 1_000_000)

@@ -81,7 +81,7 @@ def test_clip_art_as_it_lies_in_tars(clipart: Path, tmp_path: Path) -> None:
 def test_clip_art_becomes_pixels_whatever_its_mode(clipart: Path) -> None:
     with tarfile.open(clipart / "00000.tar") as tar:
         pictures = [m for m in tar if m.name.endswith(".png")][:120]
-        content = [tar.extractfile(m).read() for m in pictures]  # type: ignore[union-attr]
+        content = [tar.extractfile(m).read() for m in pictures]  # type: ignore[union-attr]  # all are files
     modes = set()
     for data in content:
         with Image.open(io.BytesIO(data)) as image:

@@ -35,11 +35,11 @@ class LowRankPart(nn.Module):  # type: ignore[misc]  # torch is untyped here
         return super().forward(x) + linear(linear(x, self.right), self.left)
 
 
-class LowRankLinear(LowRankPart, nn.Linear):  # type: ignore[misc]
+class LowRankLinear(LowRankPart, nn.Linear):  # type: ignore[misc]  # torch is untyped here
     pass
 
 
-class LowRankConv1D(LowRankPart, Conv1D):  # type: ignore[misc]
+class LowRankConv1D(LowRankPart, Conv1D):  # type: ignore[misc]  # transformers is untyped here
     pass
 
 

@@ -44,7 +44,7 @@ class Mds(Export):
 
     def check(self, schema: pa.Schema) -> None:
         try:
-            import streaming  # noqa: F401
+            import streaming  # noqa: F401  # is it there?
         except ImportError as error:
             raise ConfigError(
                 "export to MDS needs mosaicml-streaming, which does not go with the `datasets` of Tamis in one "

@@ -34,7 +34,7 @@ class Webdataset(Export):
 
     def check(self, schema: pa.Schema) -> None:
         try:
-            import webdataset  # noqa: F401
+            import webdataset  # noqa: F401  # is it there?
         except ImportError as error:
             raise MissingExtra("export to WebDataset", "export", "webdataset") from error
         if self.image is not None and self.image not in schema.names:
