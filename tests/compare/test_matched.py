@@ -337,6 +337,13 @@ def test_gram_matrices_are_charged_to_whatever_step_takes_them() -> None:
     assert takes_gram(Sparse.model_validate({"ratio": 0.5, "method": "wanda", "refit": True}))
 
 
+def test_stun_by_chance_draws_experts_and_weights() -> None:
+    (chance,) = by_chance([Stun(ratio=0.5, experts=0.25)], 7)
+    assert isinstance(chance, Stun)
+    assert (chance.criterion, chance.seed, chance.method.kind) == ("random", 7, "random")
+    assert (chance.ratio, chance.experts) == (0.5, 0.25)
+
+
 @pytest.mark.parametrize("low_rank", [None, {}, {"fold": True}])
 def test_counts_of_weights_are_given_unless_a_low_rank_part_filled_them(low_rank: Any) -> None:
     from tests.compress.conftest import make_tiny

@@ -20,6 +20,7 @@ from pipeline.compress.healing import heal  # noqa: E402
 from pipeline.compress.recover.perp import Perp  # noqa: E402
 from pipeline.compress.sparse.base import Matrix, Quota  # noqa: E402
 from pipeline.compress.sparse.wanda import Wanda  # noqa: E402
+from pipeline.compress.steps.experts import Experts  # noqa: E402
 from pipeline.compress.steps.sparse import Sparse  # noqa: E402
 from pipeline.compress.steps.stun import Stun  # noqa: E402
 from pipeline.errors import ConfigError  # noqa: E402
@@ -148,6 +149,18 @@ def test_stun_takes_experts_and_then_weights_to_one_ratio() -> None:
     assert outcome.masks[GATE_UP].shape == (6, 48, 16)
     with pytest.raises(ConfigError, match=r"stun: 0\.5 of the experts are 0\.4.* of the weights, above ratio 0\.1"):
         Stun(ratio=0.1, experts=0.5).apply(make("mixtral"), calibration(model))
+
+
+def test_experts_of_the_control_are_drawn_by_the_seed() -> None:
+    def gone(step: Experts | Stun) -> dict[str, list[int]]:
+        model = make("mixtral")
+        removed = step.apply(model, calibration(model)).removed
+        return {name: np.asarray(units).tolist() for name, units in removed.items()}
+
+    drawn = [gone(Stun(ratio=0.4, experts=0.25, criterion="random", seed=seed)) for seed in range(3)]
+    assert drawn == [gone(Experts(ratio=0.25, criterion="random", seed=seed)) for seed in range(3)]
+    assert drawn[0] != drawn[1] != drawn[2]
+    assert gone(Stun(ratio=0.4, experts=0.25)) == gone(Experts(ratio=0.25, criterion="stun"))
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
