@@ -217,6 +217,40 @@ def test_an_object_is_whole_or_not_there(place: str) -> None:
     store.remove("parts")
 
 
+class Meddler:
+    """The object store, where another process writes an object anew right after it was opened, as often as given."""
+
+    def __init__(self, filesystem: fs.FileSystem, times: int) -> None:
+        self.filesystem, self.left = filesystem, times
+
+    def open_input_stream(self, path: str, **options: Any) -> Any:
+        source = self.filesystem.open_input_stream(path, **options)
+        if self.left:
+            with self.filesystem.open_output_stream(path) as sink:
+                sink.write(b"%d" % self.left * 19)
+            self.left -= 1
+        return source
+
+
+@pytest.mark.parametrize("before", [b"x" * 30, b"x" * 10])  # longer and shorter than what follows
+def test_an_object_that_is_written_anew_is_read_whole(
+    place: str, before: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(place)
+    filesystem = store.filesystem
+    for times in (1, 2, 3):
+        store.write(before, "x")
+        meddler = Meddler(filesystem, times)
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "filesystem", meddler)
+            assert store.read("x") == b"1" * 19
+        assert meddler.left == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "filesystem", Meddler(filesystem, 1000))
+        with pytest.raises(OSError, match=r"s3://.*/x is written anew faster than it can be read"):
+            store.read("x")
+
+
 def test_resume(corpus: str, place: str, open_run: Any) -> None:
     with open_run(corpus, name=f"{place}/run") as run:
         fill(run)

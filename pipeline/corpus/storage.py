@@ -26,6 +26,8 @@ from pyarrow import fs as pafs
 TEMPORARY = re.compile(r"\.[0-9a-f]{8}\.tmp$")
 S3_ATTEMPTS = 10
 """A cluster that starts at once is told to slow down; three attempts, Arrow's default, are soon used up."""
+READ_ATTEMPTS = 10
+"""How often a file is read again that was written anew meanwhile. Those that are, are written every few seconds."""
 
 
 def is_remote(uri: str) -> bool:
@@ -149,9 +151,26 @@ class Store:
         return bool(self.filesystem.get_file_info(self.at(*names)).type != pafs.FileType.NotFound)
 
     def read(self, *names: str) -> bytes:
-        """Content of a file. Raises FileNotFoundError."""
-        with self.filesystem.open_input_stream(self.at(*names), compression=None) as source:
-            return bytes(source.read())
+        """Content of a file, whole and of one version, whoever writes it meanwhile.
+
+        Arrow asks an object store for the size and then for as many bytes: of an object that another took the place
+        of in between it returns the beginning, or the whole and bytes of nowhere. The ETag tells.
+
+        Raises FileNotFoundError, and OSError for a file that is never the same for as long as reading it takes.
+        """
+        for _ in range(READ_ATTEMPTS):
+            with self._open(*names) as source:
+                version = source.metadata()
+                content = bytes(source.read())
+            if self.local:  # an open file stays the one that was opened
+                return content
+            with self._open(*names) as source:
+                if source.metadata() == version:
+                    return content
+        raise OSError(f"{self.locate(*names)} is written anew faster than it can be read: stop what writes it")
+
+    def _open(self, *names: str) -> Any:
+        return self.filesystem.open_input_stream(self.at(*names), compression=None)
 
     def write(self, content: bytes, *names: str) -> None:
         with self.sink(*names) as sink:
