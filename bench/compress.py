@@ -174,7 +174,7 @@ def blocks_of(model: str, rows: int, length: int, tokens: int) -> tuple[np.ndarr
     from pipeline.compress.data import pack_blocks, parquet, set_apart
 
     tokenizer = AutoTokenizer.from_pretrained(model)
-    held, rest = set_apart(parquet([str(CORPUS)], "text").texts(), 0.02, 0)
+    held, rest = set_apart(parquet([str(CORPUS)], "text").documents(), 0.02, 0)
     apart, recovery = set_apart(iter([rest]), 0.2, 1)
     wanted = ((apart, rows * length), (recovery, tokens), (held, HELD_OUT * length))
     calibration, heal, unseen = (pack_blocks(texts, tokenizer, length, n) for texts, n in wanted)

@@ -63,7 +63,7 @@ from pipeline.compare.scoring import Scored, scoring_cost
 from pipeline.compare.trajectory import spans
 from pipeline.compress import folder
 from pipeline.compress.config import Small
-from pipeline.compress.data import end_of
+from pipeline.compress.documents import end_of, text_of
 from pipeline.compress.parent import parent_folder
 from pipeline.compress.place import read_json, working_in
 from pipeline.compress.recover._admission import check
@@ -138,7 +138,7 @@ def _compare(
         return results
 
     suite = suite_of(config, texts.held_out, directory / "held_out")
-    suite.contamination([texts.curated, *texts.random])  # warns
+    suite.contamination(map(text_of, (texts.curated, *texts.random)))  # warns
     task = ArmTask(config, str(parent), suite)
     units = units_of(config, planned, students, parent, blocks, texts, suite, directory / "arms")
     train(task, [u for u in units if not u.result.stored()], config.engine, quiet)
@@ -324,8 +324,8 @@ def _train(task: ArmTask, unit: Unit, directory: Path) -> None:
         folder.save(model, tokenizer, place, {"arm": f"{design.name}: {design.about}", **facts}, masks)
     values = measure_all(model, tokenizer, task.suite, place)
     if (domains := list(task.suite.domains)) and tokenizer.get_vocab() == spoken.get_vocab():
-        texts = task.suite.texts(POOL if POOL in domains else domains[0])
-        values["kl"] = divergence(dense, model, tokenizer, texts)
+        documents = task.suite.documents(POOL if POOL in domains else domains[0])
+        values["kl"] = divergence(dense, model, tokenizer, documents)
     facts["measures"] = {n: {"axis": m.axis, "higher_is_better": m.higher_is_better} for n, m in values.items()}
     facts |= {"parameters": model.num_parameters(), "flops_per_token": ModelShape.of(model).forward(config.length)}
     facts |= {"zeros": sum(int((~mask).sum()) for mask in masks.values()) / model.num_parameters()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,13 @@ import pyarrow.parquet as pq
 from pipeline.compare.arms import Data, Design, by_chance, counts, scheduled_by_chance
 from pipeline.compare.config import Matched
 from pipeline.compare.flops import ModelShape
-from pipeline.compare.measures.suite import Suite
+from pipeline.compare.measures.suite import CONVERSATION, Suite
 from pipeline.compare.proxy import read_by
 from pipeline.compare.trajectory import Moment, rehearse, retraced
 from pipeline.compress import folder
 from pipeline.compress.compression import shrink
-from pipeline.compress.data import Source, curated, pack_blocks, parquet, set_apart
+from pipeline.compress.data import Source, curated, pack_blocks, set_apart
+from pipeline.compress.documents import conversations, text_of
 from pipeline.compress.place import read_json
 from pipeline.compress.recover.base import Setup
 from pipeline.compress.schedule._stepped import Stepped
@@ -56,11 +57,12 @@ DUPLICATES = ("exact_duplicates", "fuzzy_duplicates", "semantic_duplicates")
 DOMAIN_BYTES = 400_000
 """Text of each held-out domain that is measured on, at the most."""
 POOL = "pool"
+SOURCE = "source of a row"
 
 
 @dataclass(frozen=True)
 class Texts:
-    """What is trained on: curated texts, and a draw of random ones a seed. What is measured on: texts by domain."""
+    """Documents. What is trained on: curated ones, and a draw of random ones a seed. What is measured on: by domain."""
 
     curated: pa.Array
     random: tuple[pa.Array, ...]
@@ -91,10 +93,10 @@ def gather(config: Matched, sieved: Config, directory: Path, quiet: bool) -> Tex
     kept = curated(config.curated)
     selected = json.loads(Store(config.curated).read("artifacts", "selection", "selection.json"))
     drawn = [
-        parquet([curate(by_luck(config, sieved, int(selected["tokens"]), s, directory), quiet=quiet).path], kept.column)
+        kept.at([curate(by_luck(config, sieved, int(selected["tokens"]), s, directory), quiet=quiet).path])
         for s in range(config.seeds)
     ]
-    split = [set_apart(source.texts(), config.held_out, config.seed) for source in (kept, *drawn)]
+    split = [set_apart(source.documents(), config.held_out, config.seed) for source in (kept, *drawn)]
     if not all(len(rest) for _, rest in split):
         raise ConfigError("curated: nothing is left of it beside what is measured on: lower held_out")
     held_out = domains(config, sieved, kept, drawn)
@@ -128,7 +130,7 @@ def by_luck(config: Matched, sieved: Config, tokens: int, seed: int, directory: 
 
 
 def domains(config: Matched, sieved: Config, kept: Source, drawn: Sequence[Source]) -> dict[str, pa.Array]:
-    """Held-out texts by domain: of the curated set, of the pool, and of each of its sources where they are named.
+    """Held-out documents by domain: of the curated set, of the pool, and of each of its sources where they are named.
 
     Raises ConfigError where the share leaves nothing to measure on.
     """
@@ -136,16 +138,30 @@ def domains(config: Matched, sieved: Config, kept: Source, drawn: Sequence[Sourc
     if sieved.corpus.columns is not None and column not in sieved.corpus.columns:
         column = None  # it was not carried into the curated files
     apart = partial(set_apart, share=config.held_out, seed=config.seed)
-    found = {"curated": apart(kept.texts())[0]}
-    names = {"text": kept.column} | ({"source": column} if column else {})
-    rows = pa.concat_tables([pa.Table.from_batches(list(source.batches(names))) for source in drawn])
-    rows = rows.group_by(rows.schema.names).aggregate([])  # a row that several seeds drew counts once
-    found[POOL] = apart(iter(rows["text"].chunks))[0]
-    for name in sorted(rows["source"].drop_null().unique().to_pylist()) if column else ():
-        found[f"pool, {name}"] = apart(iter(rows.filter(pc.equal(rows["source"], name))["text"].chunks))[0]
+    found = {"curated": apart(kept.documents())[0]}
+    pool = distinct([rows for source in drawn for rows in sourced(source, column)])
+    found[POOL] = apart(iter(pool["document"].chunks))[0]
+    for name in sorted(pool["source"].drop_null().unique().to_pylist()):
+        found[f"pool, {name}"] = apart(iter(pool.filter(pc.equal(pool["source"], name))["document"].chunks))[0]
     if missing := next((name for name in ("curated", POOL) if not len(found[name])), None):
         raise ConfigError(f"held_out: no text of the {missing} set is left to measure on: raise the share")
     return {name: texts for name, texts in found.items() if len(texts)}
+
+
+def sourced(source: Source, column: str | None) -> Iterator[pa.Table]:
+    """Usable documents of a source with what they are of, by the column that says so: null without one."""
+    for batch in source.batches(source.columns | ({SOURCE: column} if column else {})):
+        of = batch.column(SOURCE).cast(pa.string()) if column else pa.nulls(len(batch), pa.string())
+        rows = pa.table({"document": source.documents_in(batch), "source": of})
+        yield rows.filter(rows["document"].is_valid())
+
+
+def distinct(tables: Sequence[pa.Table]) -> pa.Table:
+    """A row that several seeds drew counts once: where it comes first."""
+    rows = pa.concat_tables(tables).combine_chunks()
+    keys = {"text": text_of(rows["document"].chunk(0)), "source": rows["source"], "row": np.arange(rows.num_rows)}
+    first = pa.table(keys).group_by(["text", "source"]).aggregate([("row", "min")])["row_min"]
+    return rows.take(first.sort())
 
 
 def suite_of(config: Matched, held_out: Mapping[str, pa.Array], directory: Path) -> Suite:
@@ -154,12 +170,13 @@ def suite_of(config: Matched, held_out: Mapping[str, pa.Array], directory: Path)
         return config.evaluate
     directory.mkdir(parents=True, exist_ok=True)
     paths = {}
-    for i, (name, texts) in enumerate(held_out.items()):
-        sizes = np.cumsum(pc.binary_length(texts).to_numpy())
-        few = texts.slice(0, max(1, int(np.searchsorted(sizes, DOMAIN_BYTES))))
+    for i, (name, documents) in enumerate(held_out.items()):
+        sizes = np.cumsum(pc.binary_length(text_of(documents)).to_numpy())
+        few = documents.slice(0, max(1, int(np.searchsorted(sizes, DOMAIN_BYTES))))
         paths[name] = (str(directory / f"{i:02d}.parquet"),)
-        pq.write_table(pa.table({"text": few}), paths[name][0])
-    return config.evaluate.model_copy(update={"domains": paths, "text": "text"})
+        pq.write_table(pa.table({CONVERSATION if conversations(few) else "text": few}), paths[name][0])
+    said = tuple(name for name, documents in held_out.items() if conversations(documents))
+    return config.evaluate.model_copy(update={"domains": paths, "text": "text", "conversations": said})
 
 
 @dataclass(frozen=True)
@@ -289,7 +306,7 @@ def counting(config: Matched, texts: Texts, directory: Path) -> list[Any]:
         return list(config.steps)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "counted.parquet"
-    pq.write_table(pa.table({"text": texts.random[0]}), path)
+    pq.write_table(pa.table({"text": text_of(texts.random[0])}), path)
     here = {"corpus": [str(path)], "text": "text"}
     return [s.model_copy(update=here) if isinstance(s, Vocab) and s.corpus is None else s for s in config.steps]
 

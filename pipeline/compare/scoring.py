@@ -4,7 +4,7 @@ Rules, n-grams, fastText, hashes and what reads vectors of these count 2,000 FLO
 filters take (evaluation.md, section 2), each. Criteria that ask language models count what their models do on every
 token of the pool: a forward pass f for probabilities, 3 f for gradients; and what training these models took, where
 Tamis trained them. A sentence encoder counts 2 FLOPs a parameter and token. Shapes are read from the models' own
-configurations, those of the run and those that the recipes name.
+configurations, those of the run and those that the recipes name; where layers differ, from their weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.compare.flops import FAST_FILTER, ModelShape, full
+from pipeline.compress.folder import SHAPES, load
 from pipeline.config import Config
 from pipeline.corpus.storage import Store
 from pipeline.errors import ConfigError
@@ -79,7 +80,9 @@ def _models(score: Any, artifacts: list[Store]) -> Iterator[tuple[ModelShape, in
             continue
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         if config.model_type in DECODERS:
-            yield ModelShape.of_config(config), int(getattr(score, "max_tokens", 512))
+            ragged = (folder / SHAPES).exists()  # the weights tell, the configuration does not
+            shape = ModelShape.of(load(folder)[0]) if ragged else ModelShape.of_config(config)
+            yield shape, int(getattr(score, "max_tokens", 512))
 
 
 def _training(artifact: Store) -> float:

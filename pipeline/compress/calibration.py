@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from pipeline.compress.documents import read_tensor
 from pipeline.errors import TamisError
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 Batch = Mapping[str, "torch.Tensor"]
-"""What a model takes, by the names of its arguments; the first axis of each is the rows."""
+"""What a model takes, by the names of its arguments; the first axis of each is the rows. `labels`, where not all tokens
+are to be predicted, are the ids of those that are, and -100."""
+
+LABELS = "labels"
 
 Sums = dict[str, "torch.Tensor"]
 """Sums over rows, float64; each probe names its own. `rows` and `tokens` are always there."""
@@ -157,17 +161,18 @@ def stage_add(stage: Sums, name: str, value: torch.Tensor) -> None:
 
 
 def token_loss(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """Mean cross-entropy of each row's next tokens, nats; (rows,) float32. Padding is neither read nor a target."""
+    """Mean cross-entropy of each row's next tokens, nats; (rows,) float32. Padding is neither read nor a target, and
+    what is no label is read alone."""
     import torch
 
     ids = batch["input_ids"]
     # The last position stays, without a target: logits[:, :-1] would be a copy of the largest thing in memory.
-    target = ids.roll(-1, 1)
+    target = batch.get(LABELS, ids).roll(-1, 1)
     target[:, -1] = -100
     if "attention_mask" in batch:
         mask = batch["attention_mask"]
         target[(mask * mask.roll(-1, 1)) == 0] = -100
-    logits = model(**batch, use_cache=False).logits.flatten(0, 1).float()
+    logits = run(model, batch).logits.flatten(0, 1).float()
     losses = torch.nn.functional.cross_entropy(logits, target.flatten(), reduction="none").view(ids.shape)
     return losses.sum(1) / (target != -100).sum(1).clamp_min(1)
 
@@ -189,12 +194,13 @@ class Calibration:
 
     @classmethod
     def of_blocks(cls, model: nn.Module, blocks: np.ndarray, batch: int = 8) -> Calibration:
-        """Of a causal LM on token ids (n, length), none of them padding."""
+        """Of a causal LM on token ids (n, length), none of them padding, of which some may say that they are not to be
+        predicted (`documents.read_ids`)."""
         import torch
 
         device = next(model.parameters()).device
         ids = torch.from_numpy(np.asarray(blocks, np.int64)).to(device)
-        return cls(model, [{"input_ids": part} for part in ids.split(batch)])
+        return cls(model, [batch_of(part) for part in ids.split(batch)])
 
     @property
     def rows(self) -> int:
@@ -315,10 +321,18 @@ class Calibration:
         return {n: g for n, g in zip(parameters, given, strict=True) if g is not None}
 
 
+def batch_of(ids: torch.Tensor) -> Batch:
+    """Ids (rows, length) that say what is to be predicted, as a batch."""
+    if not bool((ids < 0).any()):
+        return {"input_ids": ids}
+    return {"input_ids": read_tensor(ids), LABELS: ids.where(ids >= 0, -100)}
+
+
 def run(model: nn.Module, batch: Batch) -> Any:
-    """A model's output, without a cache of keys and values where it would keep one."""
+    """A model's output, without a cache of keys and values where it would keep one. Labels are ours to count."""
     causal = getattr(getattr(model, "config", None), "use_cache", None) is not None and "input_ids" in batch
-    return model(**batch, use_cache=False) if causal else model(**batch)
+    read = {name: value for name, value in batch.items() if name != LABELS}
+    return model(**read, use_cache=False) if causal else model(**read)
 
 
 def out_of_memory(error: BaseException) -> bool:

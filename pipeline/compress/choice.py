@@ -19,6 +19,7 @@ import numpy as np
 from pipeline.compare.measures.language import kl
 from pipeline.compress.calibration import Calibration
 from pipeline.compress.config import CalibrationData
+from pipeline.compress.documents import read_ids
 from pipeline.compress.steps.base import Step
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def divergence(dense: nn.Module, cut: nn.Module, blocks: np.ndarray, batch: int 
     cut.eval()
     with torch.inference_mode():
         for start in range(0, len(blocks), batch):
-            ids = torch.from_numpy(np.asarray(blocks[start : start + batch], np.int64)).to(device)
+            ids = torch.from_numpy(np.asarray(read_ids(blocks[start : start + batch]), np.int64)).to(device)
             p, q = (m(input_ids=ids, use_cache=False).logits.float() for m in (dense, cut))
             total += float(kl(p, q).sum())
     return max(0.0, total / blocks.size)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from pipeline.compare.measures.language import bits_per_byte
 from pipeline.compress import folder
@@ -32,6 +33,7 @@ from pipeline.compress.calibration import Calibration
 from pipeline.compress.choice import choose
 from pipeline.compress.config import Compress
 from pipeline.compress.data import by_score, curated, handoff, pack_blocks, set_apart, sources
+from pipeline.compress.documents import conversations, shortened
 from pipeline.compress.parent import parent_folder
 from pipeline.compress.place import read_json, working_in
 from pipeline.compress.steps._tokenizer import trimmed_fast
@@ -50,8 +52,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 HELD_OUT_TOKENS = 65_536
-UNSEEN_TEXTS, UNSEEN_CHARS = 256, 4000
-"""Texts, and characters of each, that bits per byte are measured on, at the most."""
+UNSEEN_DOCUMENTS, UNSEEN_CHARS = 256, 4000
+"""Documents, and characters of each, that bits per byte are measured on, at the most."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +63,8 @@ class Blocks:
     calibration: np.ndarray
     recovery: np.ndarray
     held_out: np.ndarray
-    unseen: list[str]
-    """Texts of `held_out`, some of them, to measure on."""
+    unseen: pa.Array
+    """Documents of `held_out`, some of them, to measure on."""
     fingerprint: str
 
 
@@ -176,16 +178,17 @@ def gather(config: Compress, tokenizer: PreTrainedTokenizerFast) -> Blocks:
     """The blocks of the configured data; what is measured on is in neither of the others."""
     to_calibrate, to_recover = sources(config.data, config.text)
     length = config.calibration.length or config.length
-    measured, rest = set_apart(to_recover.texts(), config.held_out, config.seed)
-    if not len(measured):
+    measured, rest = set_apart(to_recover.documents(), config.held_out, config.seed)
+    unseen = shortened(measured.slice(0, UNSEEN_DOCUMENTS), UNSEEN_CHARS)
+    if not len(unseen):
         raise ConfigError("held_out: no text of the data is set apart to measure on: raise the share")
-    _, calibration = set_apart(to_calibrate.texts(), config.held_out, config.seed)
+    _, calibration = set_apart(to_calibrate.documents(), config.held_out, config.seed)
     wanted = config.calibration.rows * length * max(1, config.calibration.draws)
     return Blocks(
         pack_blocks(calibration, tokenizer, length, wanted, config.calibration.seed),
         pack_blocks(rest, tokenizer, config.length, config.tokens, config.seed),
         pack_blocks(measured, tokenizer, config.length, HELD_OUT_TOKENS, config.seed),
-        [text[:UNSEEN_CHARS] for text in measured.slice(0, UNSEEN_TEXTS).to_pylist()],
+        unseen,
         fingerprint(to_calibrate.fingerprint, to_recover.fingerprint, config.length, length, config.held_out),
     )
 
@@ -224,9 +227,10 @@ def counting_in(step: Step, config: Compress) -> Step:
     return step
 
 
-def language(model: nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> float:
-    """Bits per byte, mean over texts."""
-    return bits_per_byte(model, tokenizer, texts, "unseen")[0].mean
+def language(model: nn.Module, tokenizer: PreTrainedTokenizerFast, documents: pa.Array) -> float:
+    """Bits per byte, mean over texts, or over the responses of conversations."""
+    items = documents if conversations(documents) else documents.to_pylist()
+    return bits_per_byte(model, tokenizer, items, "unseen")[0].mean
 
 
 def draws(config: Compress, tokenizer: PreTrainedTokenizerFast, blocks: Blocks) -> dict[tuple[str, int], np.ndarray]:

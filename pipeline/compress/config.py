@@ -88,7 +88,7 @@ class Compress(Model):
     """A model, what to cut from it, and what to heal it on."""
 
     model: ParentOf = Field(description="folder, hf://org/name, or a small model to train here")
-    data: str | list[str] = Field(description="directory of a curated run, or Parquet files")
+    data: str | list[str] = Field(description="directory of a curated run, of texts or conversations; or Parquet files")
     text: str = Field("text", description="text column, where `data` is Parquet")
     calibration: CalibrationData = CalibrationData()
     steps: list[StepOf] = Field([], description="what makes the model smaller, in this order")

@@ -1,23 +1,26 @@
-"""Texts to token blocks: what a model is calibrated, healed and measured on.
+"""Documents to token blocks: what a model is calibrated, healed and measured on.
 
 A source is a curated run (its `handoff.json` names a calibration and a recovery set) or Parquet files, which then serve
-as both. Documents are tokenised without special tokens of their own, closed by the end token, and packed end to end
-into blocks of one length, as pretraining does; nothing is padded. What is measured on is set apart by document before
-anything else is drawn, so no text is on both sides.
+as both. The documents of a run are its texts, or its conversations as it renders them; those of files are texts. They
+are tokenised without special tokens of their own, closed by the end token, and packed end to end into blocks of one
+length, as pretraining does; nothing is padded. What is measured on is set apart by document before anything else is
+drawn, so no text is on both sides.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from pipeline.compress.documents import closing, text_of, tokens_of
+from pipeline.corpus.chat import Chat
 from pipeline.corpus.listing import expand
 from pipeline.corpus.storage import Store, resolve
 from pipeline.corpus.text import clean_text
@@ -30,21 +33,50 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 HANDOFF = "handoff.json"
+SCORE = "score to sort by"
 BATCH_ROWS = 1024
 
 
 @dataclass(frozen=True)
 class Source:
-    """Texts in files: their addresses, the column, and a fingerprint of what they hold."""
+    """Documents in files: their column of texts or, where they are conversations, how these are written; the files'
+    addresses, and a fingerprint of what they hold."""
 
-    files: tuple[str, ...]
-    column: str
-    fingerprint: str
+    column: str | None
+    chat: Chat | None = None
+    files: tuple[str, ...] = ()
+    fingerprint: str = ""
 
-    def texts(self) -> Iterator[pa.Array]:
-        """Usable texts (large_string), batch by batch in the files' order. Raises CorpusError for unreadable files."""
-        for batch in self.batches({"text": self.column}):
-            yield clean_text(batch.column(0))[0].cast(pa.large_string()).drop_null()
+    def of(self, files: Sequence[str], held: Any) -> Self:
+        """The same columns of other files, which hold what identifies them."""
+        written = self.column if self.chat is None else self.chat.identity
+        return replace(self, files=tuple(files), fingerprint=fingerprint(held, written))
+
+    def at(self, paths: Sequence[str]) -> Self:
+        """The same columns of Parquet files, directories and globs. Raises ConfigError where there are none."""
+        try:
+            listed = expand(list(paths))
+        except (CorpusError, OSError, ValueError) as error:
+            raise ConfigError(f"data: neither a curated run nor Parquet files: {', '.join(paths)}") from error
+        return self.of([u for u, _, _ in listed], [[u, size] for u, size, _ in listed])
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What `documents_in` reads of the files, by the names that it knows it by."""
+        return {"text": str(self.column)} if self.chat is None else {name: name for name in self.chat.columns}
+
+    def documents(self) -> Iterator[pa.Array]:
+        """Usable documents, batch by batch in the files' order. Raises CorpusError for unreadable files."""
+        for batch in self.batches(self.columns):
+            yield self.documents_in(batch).drop_null()
+
+    def documents_in(self, rows: pa.RecordBatch) -> pa.Array:
+        """The document of every row; null where it is of no use."""
+        if self.chat is None:
+            return clean_text(rows.column("text"))[0].cast(pa.large_string())
+        found = self.chat.render({name: rows.column(name) for name in self.chat.columns})
+        parts = {name: getattr(found, name) for name in self.chat.references}
+        return pa.StructArray.from_arrays(list(parts.values()), list(parts), mask=found.text.is_null())
 
     def batches(self, columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
         """Some columns of all rows as they are stored: by the names that they are to have; `a.b` is a field."""
@@ -55,7 +87,8 @@ class Source:
                 fields = [*read.schema.names, *(f"{TAMIS}.{f}" for f in _struct(read.schema))]
                 if missing := next((c for c in columns.values() if c not in fields), None):
                     raise CorpusError(f"{uri} has no column {missing!r}; it has {', '.join(fields)}")
-                wanted = {name: ds.field(*c.split(".")) for name, c in columns.items()}
+                parts = {c: (c,) if c in read.schema.names else tuple(c.split(".")) for c in columns.values()}
+                wanted = {name: ds.field(*parts[c]) for name, c in columns.items()}
                 yield from read.to_batches(columns=wanted, batch_size=BATCH_ROWS)
             except (pa.ArrowException, OSError) as error:
                 raise CorpusError(f"cannot read {uri}: {error}") from error
@@ -80,12 +113,8 @@ def sources(data: str | Sequence[str], column: str = "text") -> tuple[Source, So
 
 
 def parquet(paths: Sequence[str], column: str) -> Source:
-    """Parquet files, directories and globs as a source. Raises ConfigError where there are none."""
-    try:
-        listed = expand(list(paths))
-    except (CorpusError, OSError, ValueError) as error:
-        raise ConfigError(f"data: neither a curated run nor Parquet files: {', '.join(paths)}") from error
-    return Source(tuple(u for u, _, _ in listed), column, fingerprint([[u, size] for u, size, _ in listed], column))
+    """Parquet files, directories and globs as a source of texts. Raises ConfigError where there are none."""
+    return Source(column).at(paths)
 
 
 def handoff(run: str) -> dict[str, Any] | None:
@@ -103,8 +132,8 @@ def _handed(run: str, described: dict[str, Any], name: str) -> Source:
         why = (part or {}).get("why", f"handoff.{name} is switched off in its configuration")
         raise ConfigError(f"data: {run} hands over no {name} set: {why}")
     store = Store(run).child("handoff", name)
-    files = tuple(store.locate(f["file"].rpartition("/")[2]) for f in part["files"])
-    return Source(files, _text_column(run, described), part["fingerprint"])
+    files = [store.locate(f["file"].rpartition("/")[2]) for f in part["files"]]
+    return _written(run, described).of(files, part["fingerprint"])
 
 
 def curated(run: str) -> Source:
@@ -113,63 +142,45 @@ def curated(run: str) -> Source:
     if described is None:
         raise ConfigError(f"data: {run} is not a curated run: run `tamis curate` first")
     manifest = json.loads(Store(run).read("manifest.json"))
-    return parquet([manifest["curated"]["path"]], _text_column(run, described))
+    return _written(run, described).at([manifest["curated"]["path"]])
 
 
-def _text_column(run: str, described: dict[str, Any]) -> str:
-    name: str | None = described["text_column"]
-    if name is None:
+def _written(run: str, described: dict[str, Any]) -> Source:
+    """What the rows of a run are: a source without files. Raises ConfigError for rows that say nothing."""
+    chat = Chat.stored(described["chat"]) if "chat" in described else None
+    if described["text_column"] is None and chat is None:
         raise ConfigError(
-            f"data: the rows of {run} are conversations or images, and a model is cut and healed on a column of texts: "
-            "name Parquet files that have one"
+            f"data: the rows of {run} are images, and a model is cut and healed on texts or conversations: name a run "
+            "or Parquet files that have some"
         )
-    return name
+    return Source(described["text_column"], chat)
 
 
 def by_score(source: Source, score: str) -> pa.Array:
-    """Texts of a curated set, the highest of a score first. Raises CorpusError where the files do not carry it."""
-    columns = {"text": source.column, "score": f"{TAMIS}.{score}"}
-    rows = pa.Table.from_batches(list(source.batches(columns)))
-    best = rows.take(pc.sort_indices(rows, sort_keys=[("score", "descending")]))
-    return clean_text(best["text"].combine_chunks())[0].cast(pa.large_string()).drop_null()
-
-
-def tokens_of(texts: pa.Array, tokenizer: PreTrainedTokenizerFast) -> list[np.ndarray]:
-    """Token ids (int32) of every text, without special tokens; what looks like one in a text is read as plain text."""
-    backend = tokenizer.backend_tokenizer
-    backend.no_padding()
-    backend.no_truncation()
-    backend.encode_special_tokens = True
-    encoded = backend.encode_batch_fast(texts.to_pylist(), add_special_tokens=False)
-    return [np.asarray(e.ids, np.int32) for e in encoded]
-
-
-def end_of(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The token that closes a document. Raises ConfigError where a tokenizer has none."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ConfigError("model: its tokenizer names no end token: set eos_token in tokenizer_config.json")
-    return int(end)
+    """Documents of a curated set, the highest of a score first. Raises CorpusError where the files do not carry it."""
+    rows = pa.Table.from_batches(list(source.batches(source.columns | {SCORE: f"{TAMIS}.{score}"})))
+    best = rows.take(pc.sort_indices(rows, sort_keys=[(SCORE, "descending")]))
+    return pa.concat_arrays([source.documents_in(batch) for batch in best.to_batches()]).drop_null()
 
 
 def pack_blocks(
-    texts: pa.Array, tokenizer: PreTrainedTokenizerFast, length: int, tokens: int, seed: int | None = 0
+    documents: pa.Array, tokenizer: PreTrainedTokenizerFast, length: int, tokens: int, seed: int | None = 0
 ) -> np.ndarray:
     """Blocks (n, length) int32 of at most `tokens` tokens: documents in an order drawn from the seed (None: as they
-    come), each closed by the end token, one after the other.
+    come), each closed by the end token, one after the other. The ids say what is to be predicted: `read_ids`.
 
     What is left at the end and fills no block is dropped, unless there is no full block. Raises CorpusError where there
-    is no text.
+    is no document.
     """
-    if not len(texts):
+    if not len(documents):
         raise CorpusError("data: there is no text in it")
     if seed is not None:
-        texts = texts.take(pa.array(np.random.default_rng(seed).permutation(len(texts))))
-    end = np.array([end_of(tokenizer)], np.int32)
+        documents = documents.take(pa.array(np.random.default_rng(seed).permutation(len(documents))))
+    end = np.array([closing(documents, tokenizer)], np.int32)
     pieces: list[np.ndarray] = []
     have = 0
-    for start in range(0, len(texts), BATCH_ROWS):
-        for ids in tokens_of(texts.slice(start, BATCH_ROWS), tokenizer):
+    for start in range(0, len(documents), BATCH_ROWS):
+        for ids in tokens_of(documents.slice(start, BATCH_ROWS), tokenizer):
             pieces += [ids, end]
             have += len(ids) + 1
         if have >= tokens:
@@ -179,15 +190,15 @@ def pack_blocks(
     return stream[: blocks * length].reshape(blocks, length) if blocks else np.resize(stream, (1, length))
 
 
-def set_apart(texts: Iterator[pa.Array], share: float, seed: int) -> tuple[pa.Array, pa.Array]:
-    """Texts split in two by a hash of their content: `share` of them to measure on, and the rest.
+def set_apart(documents: Iterator[pa.Array], share: float, seed: int) -> tuple[pa.Array, pa.Array]:
+    """Documents split in two by a hash of their content: `share` of them to measure on, and the rest.
 
-    Equal texts stay together, in whatever set they are met, so nobody trains on what is measured. Both parts are held
-    in memory: this is for sets to heal on, not for corpora.
+    Equal ones stay together, in whatever set they are met, so nobody trains on what is measured. Both parts are held in
+    memory: this is for sets to heal on, not for corpora.
     """
-    parts = [t for t in texts if len(t)]
+    parts = [d for d in documents if len(d)]
     if not parts:
         raise CorpusError("data: there is no text in it")
     whole = pa.concat_arrays(parts)
-    apart = pa.array(uniform(row_keys(whole), seed) < share)
+    apart = pa.array(uniform(row_keys(text_of(whole)), seed) < share)
     return whole.filter(apart), whole.filter(pc.invert(apart))

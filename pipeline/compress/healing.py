@@ -109,7 +109,7 @@ def heal(
 ) -> Healed:
     """Train a student in place on `tokens` tokens of blocks (n, T) of token ids; see `Setup` for the rest.
 
-    A negative token id stands for one that the student's vocabulary lacks: it is read as 0 and never to be predicted.
+    A token that is read and not to be predicted, such as those of a prompt, has the id `~i` (`documents.read_ids`).
     Called again with the same arguments it goes on from the last checkpoint in `directory`, or returns what is done.
     Raises ConfigError where the recovery, the model and the data do not fit together, and TamisError for a loss that is
     not finite.

@@ -38,7 +38,7 @@ def _trained(small: Small, directory: Path, held_out: float, seed: int) -> Path:
     folder = directory / fingerprint("small", 1, small.model_dump(mode="json"), source.fingerprint, held_out, seed)[:12]
     if (folder / "config.json").exists():
         return folder
-    _, texts = set_apart(source.texts(), held_out, seed)
+    _, texts = set_apart(source.documents(), held_out, seed)
     shape = small.shape
     tokenizer = train_tokenizer(iter(texts.to_pylist()), shape.vocab)
     from transformers import PreTrainedTokenizerFast

@@ -145,15 +145,21 @@ def context(folder: Path) -> int:
 
 
 def load_causal(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """Model (float32, on the CPU, for inference) and tokenizer of a folder. Raises TamisError where there are none."""
+    """Model (float32, on the CPU, for inference) and tokenizer of a folder, of one that Tamis cut as well. Raises
+    TamisError where there are none."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
+
+    from pipeline.compress.folder import SHAPES, load
 
     logging.disable_progress_bar()  # the engine shows its own
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
+        if (folder / SHAPES).exists():
+            model, _ = load(folder)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **options)
     except (OSError, ValueError) as error:
         raise TamisError(f"{folder} cannot be read as a causal language model: {error}") from error
     if not tokenizer.is_fast:
@@ -220,20 +226,24 @@ class Read:
 
 
 class Encoder:
-    """A tokenizer that reads the first `max_tokens` of a row, and in what a row says no special token."""
+    """A tokenizer that reads the first `max_tokens` of a row, and in what a row says no special token.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
+    `adds_special`: whether rows get the special tokens that the tokenizer puts around a text, where no template did.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int, adds_special: bool = True) -> None:
         self.tokenizer = tokenizer.backend_tokenizer
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(max_tokens)
         self.tokenizer.encode_special_tokens = True
         self.max_tokens, self.max_chars = max_tokens, MAX_CHARS * max_tokens
+        self.adds_special = adds_special
         self.special = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
     def tokenize(self, texts: pa.Array) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of n texts end to end (N,) int32, and n + 1 offsets (int64) between which each text's lie."""
         cut = pc.utf8_slice_codeunits(texts, 0, self.max_chars).to_pylist()
-        rows = [encoding.ids for encoding in self.tokenizer.encode_batch_fast(cut)]
+        rows = [e.ids for e in self.tokenizer.encode_batch_fast(cut, add_special_tokens=self.adds_special)]
         offsets = np.zeros(len(rows) + 1, np.int64)
         np.cumsum([len(row) for row in rows], out=offsets[1:])
         return np.concatenate([np.zeros(0, np.int32), *(np.asarray(row, np.int32) for row in rows)]), offsets
@@ -252,7 +262,7 @@ class Encoder:
         """
         cut = pc.utf8_slice_codeunits(texts, 0, self.max_chars).to_pylist()
         self.tokenizer.encode_special_tokens = markup is None
-        rows = self.tokenizer.encode_batch(cut, add_special_tokens=markup is None)
+        rows = self.tokenizer.encode_batch(cut, add_special_tokens=markup is None and self.adds_special)
         self.tokenizer.encode_special_tokens = True
         found = [(row.ids, row.offsets) for row in rows]
         if markup is not None:

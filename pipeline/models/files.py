@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pipeline.run import Run
 
 HUB = "hf://"
-FILES = ("*.json", "*.txt", "*.model", "*.safetensors")
+FILES = ("*.json", "*.jinja", "*.txt", "*.model", "*.safetensors")
 
 
 def check_installed(feature: str, extra: str, *modules: str) -> None:

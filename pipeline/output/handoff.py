@@ -33,6 +33,7 @@ def write_handoff(run: Run, selection: Selection) -> None:
         "format": "tamis-handoff-1",
         "selection": run.plans["select"].fingerprint,
         "text_column": run.config.corpus.text,
+        **({"chat": run.manifest["chat"]} if "chat" in run.manifest else {}),
         **({"image_column": run.config.corpus.image} if run.config.corpus.image else {}),
         "tokens_counted_by": run.tokens_named,
         **({"training": selection.training} if selection.training else {}),

@@ -27,6 +27,8 @@ from pipeline.compare.config import Matched
 from pipeline.compare.flops import ModelShape, hessian, hessian_solve, layerwise, statistics
 from pipeline.compare.matched import compare_matched
 from pipeline.compare.material import gather, sieve_of
+from pipeline.compare.measures.language import bits_per_byte
+from pipeline.compare.measures.suite import Suite
 from pipeline.compare.planning import importance_cost, takes_gram
 from pipeline.compare.results import Results
 from pipeline.compress import folder
@@ -37,8 +39,9 @@ from pipeline.config import parse, parse_as
 from pipeline.curation import curate
 from pipeline.errors import ConfigError
 from pipeline.models.training import Shape, pack, save_lm, train_lm, train_tokenizer
+from tests.tiny_chat import END, START, answering
 from tests.tiny_lm import sentences, trained
-from tests.tiny_run import make_run
+from tests.tiny_run import make_chat_run, make_run
 
 ROOT = Path(__file__).parents[2]
 SHAPE = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, "vocab": 300, "context": 32}
@@ -498,6 +501,32 @@ def test_zeros_with_factors_of_low_rank_beside_them(tiny_run: str, directory: Pa
     assert any(name.endswith(".left") for name in names)
     language = {name: arm.measures["bits_per_byte.pool"].mean for name, arm in results.arms.items()}
     assert language["B"] < language["cut"]
+
+
+def test_conversations_are_compared_by_their_responses(tmp_path: Path) -> None:
+    parent, directory, place = answering(tmp_path / "parent"), tmp_path / "compare", tmp_path / "chat"
+    place.mkdir()
+    run = make_chat_run(place, str(parent))
+    steps = [{"kind": "vocab", "coverage": 0.95, "tokenizer": str(parent)}, {"method": "llm_pruner", "ratio": 0.5}]
+    asked = {
+        "steps": steps,
+        "arms": ["A", "B", "C", "D"],
+        "keep": ["C"],
+        "evaluate": {"items": 16, "made": ["retrieval"]},
+    }
+    results = compared(run, directory, model=str(parent), **asked)
+    check_spending(results)
+    domains = {name.partition(".")[2] for name in results.arms["C"].measures if name.startswith("bits_per_byte.")}
+    assert domains == {"curated", "pool", "pool, first", "pool, second"}
+    language = {name: arm.measures["bits_per_byte.pool"].mean for name, arm in results.arms.items()}
+    assert max(language["B"], language["C"], language["D"]) < language["cut"]
+    for data in ("curated", "random"):
+        blocks = np.load(directory / "blocks" / f"{data}-0.npy", allow_pickle=False)
+        assert 0.2 < (blocks >= 0).mean() < 0.8  # prompts are read
+    pool = Suite(domains={"pool": (str(directory / "held_out" / "01.parquet"),)}, conversations=("pool",), items=16)
+    again = bits_per_byte(*folder.load(parent), pool.documents("pool"), "pool")[0]
+    assert again.mean == pytest.approx(language["parent"], rel=1e-5)
+    assert {START, END} <= set(folder.load(directory / "arms" / "C-0" / "model")[1].get_vocab())
 
 
 def test_own_parent_chosen_arms_and_seeds_from_the_command_line(tiny_run: str, tmp_path: Path) -> None:

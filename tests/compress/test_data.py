@@ -84,7 +84,7 @@ def test_a_text_is_on_one_side_in_whatever_set_it_is_met(found: list[str], share
 
 def test_unusable_texts_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one", None, "  ", "two"]}), tmp_path / "a.parquet")
-    assert [t.to_pylist() for t in parquet([str(tmp_path)], "text").texts()] == [["one", "two"]]
+    assert [t.to_pylist() for t in parquet([str(tmp_path)], "text").documents()] == [["one", "two"]]
 
 
 def test_parquet_serves_as_both_sets(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_parquet_serves_as_both_sets(tmp_path: Path) -> None:
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["one"]}), tmp_path / "a.parquet")
     with pytest.raises(CorpusError, match=r"no column 'text'; it has body"):
-        list(parquet([str(tmp_path)], "text").texts())
+        list(parquet([str(tmp_path)], "text").documents())
 
 
 def test_what_is_neither_a_run_nor_parquet_is_refused(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_run_that_handed_over_nothing_says_why(tmp_path: Path) -> None:
 
 def test_the_hand_off_of_a_run_is_read(tiny_run: str) -> None:
     calibrate, recover = sources(tiny_run)
-    found = [sum(len(t) for t in source.texts()) for source in (calibrate, recover)]
+    found = [sum(len(t) for t in source.documents()) for source in (calibrate, recover)]
     assert found[0] == 20
     assert found[1] > 50
     assert calibrate.fingerprint != recover.fingerprint

@@ -165,3 +165,23 @@ def test_errors_at_the_door(tmp_path: Path, tiny_lm: Path) -> None:
             check_model("perplexity", model)
     with pytest.raises(TamisError, match="cannot be read as a causal language model"):
         load_causal(broken(tiny_lm, tmp_path / "c", config__json=b'{"model_type": "nothing"}'))
+
+
+def test_a_model_whose_layers_differ_is_read_as_well(tiny_lm: Path, tmp_path: Path) -> None:
+    """What `tamis compress` makes scores rows, as any other model does."""
+    import torch
+
+    from pipeline.compress import folder
+    from pipeline.compress.architecture import anatomy
+    from pipeline.compress.surgery import cut
+
+    model, tokenizer = folder.load(tiny_lm)
+    cut(model, anatomy(model).units("neuron"), {"0.neuron": np.arange(10)})
+    folder.save(model, tokenizer, tmp_path / "cut", {})
+    assert (tmp_path / "cut" / folder.SHAPES).exists()
+    found = column_of(Scorer(tmp_path / "cut", 64), sentences(5, seed=1))
+    for ids, logp in zip(found["ids"].to_pylist(), found["logp"].to_pylist(), strict=True):
+        row = torch.tensor([ids])
+        with torch.no_grad():
+            wanted = model(row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
+        np.testing.assert_allclose(logp, wanted.numpy(), atol=1e-4)

@@ -24,15 +24,18 @@ from pipeline.compare.measures.geometry import robustness
 from pipeline.compare.measures.language import bits_per_byte
 from pipeline.compare.measures.latency import file_size, latency
 from pipeline.compare.measures.retrieval import retrieval
+from pipeline.compress.documents import shortened, text_of
 from pipeline.errors import ConfigError
 from pipeline.hashing import hash64, row_keys
-from pipeline.scores._seeds import locate, read_seeds
+from pipeline.scores._seeds import locate, read_columns, read_seeds
 
 if TYPE_CHECKING:
     from torch import nn
 
     from pipeline.compare.measures.base import Tokenizer
 
+CONVERSATION = "conversation"
+"""Column of conversations (`pipeline.compress.documents`)."""
 Made = Literal["retrieval", "formats", "arithmetic"]
 """Measures that need no files."""
 
@@ -79,6 +82,9 @@ class Suite(BaseModel):
     geometry: str | None = Field(None, description="domain whose texts are corrupted; none without")
     latency: Latency | None = None
     text: str = Field("text", description="column that holds the text")
+    conversations: tuple[str, ...] = Field(
+        (), description="domains of .parquet files with conversations that a comparison wrote: their responses count"
+    )
     items: int = Field(
         64, ge=1, description="texts of a domain, facts, questions of a file, made-up items, at the most"
     )
@@ -103,7 +109,20 @@ class Suite(BaseModel):
 
     def texts(self, domain: str) -> list[str]:
         """Texts of a domain."""
-        return self._read(self.domains[domain], f"domains.{domain}", self.items, self.max_chars)
+        documents = self.documents(domain)
+        return documents if isinstance(documents, list) else text_of(documents).to_pylist()
+
+    def documents(self, domain: str) -> list[str] | pa.StructArray:
+        """Texts of a domain, or its conversations."""
+        paths, role = self.domains[domain], f"domains.{domain}"
+        if domain not in self.conversations:
+            return self._read(paths, role, self.items, self.max_chars)
+        tables = [read_columns(uri, [CONVERSATION], role) for uri in locate(list(paths), role)]
+        every = pa.concat_tables(tables)[CONVERSATION].combine_chunks()
+        kept = shortened(every, self.max_chars)
+        if not len(kept):
+            raise ConfigError(f"{role}: no conversation has a response in its first {self.max_chars} characters")
+        return kept.take(pa.array(self._lowest(text_of(kept), self.items)))
 
     def asked(self) -> list[Fact]:
         """Facts, where there are texts for them."""
@@ -130,12 +149,15 @@ class Suite(BaseModel):
 
     def _read(self, paths: Iterable[str], role: str, most: int, max_chars: int) -> list[str]:
         texts = read_seeds(locate(list(paths), role), self.text, role).unique()
-        order = np.argsort(hash64(row_keys(texts), self.seed), kind="stable")[:most]
-        cut = (text[:max_chars].strip() for text in texts.take(pa.array(order)).to_pylist())
+        cut = (text[:max_chars].strip() for text in texts.take(pa.array(self._lowest(texts, most))).to_pylist())
         kept = list(dict.fromkeys(text for text in cut if text))
         if not kept:
             raise ConfigError(f"{role}: no text is left")
         return kept
+
+    def _lowest(self, texts: pa.Array, most: int) -> np.ndarray:
+        """Rows of the texts whose hashes are lowest."""
+        return np.argsort(hash64(row_keys(texts), self.seed), kind="stable")[:most]
 
 
 def measure_all(
@@ -144,7 +166,7 @@ def measure_all(
     """Every measure of a suite, by name. `folder`: where the model's files are, for their size."""
     found: list[Measured] = []
     for domain in suite.domains:
-        found += bits_per_byte(model, tokenizer, suite.texts(domain), domain)
+        found += bits_per_byte(model, tokenizer, suite.documents(domain), domain)
     if asked := suite.asked():
         found += cloze(model, tokenizer, asked)
     for name, given in suite.choices.items():

@@ -27,7 +27,7 @@ def check(setup: Setup, recovery: Recovery, tokens: int) -> None:
             raise ConfigError(
                 f"recovery: {name}: {blocks.dtype} of shape {blocks.shape} are no blocks (n, tokens) of token ids"
             )
-        if (largest := int(blocks.max())) >= rows:
+        if (largest := max(int(blocks.max()), -1 - int(blocks.min()))) >= rows:
             raise ConfigError(
                 f"recovery: {name}: token id {largest}, where the student knows {rows}: the blocks were made with "
                 "another tokenizer"

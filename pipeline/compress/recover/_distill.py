@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from pipeline.compress.documents import read_tensor
 from pipeline.compress.recover import _losses
 from pipeline.compress.recover._features import normalised_feature_loss
 from pipeline.compress.recover._session import Session, freeze
@@ -40,7 +41,7 @@ class DistillSession(Session):
         deep = self.recipe.hidden != "none"
         student = _losses.states(self.model, ids, deep)
         with torch.no_grad():
-            read = ids if self.kept is None else self.kept[ids.clamp_min(0)]
+            read = ids if self.kept is None else self.kept[read_tensor(ids)]
             teacher = _losses.states(self.teacher, read, deep)
         wanted = _losses.labels(ids)
         ce, kl = self._logits(student.last_hidden_state, teacher.last_hidden_state, wanted)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pipeline.compress.documents import read_tensor
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -23,8 +25,8 @@ def labels(ids: torch.Tensor) -> torch.Tensor:
 
 
 def states(model: nn.Module, ids: torch.Tensor, every: bool = False) -> Any:
-    """The body's output for token ids (B, T), negative ones read as 0; with `every` layer's states."""
-    return model.base_model(input_ids=ids.clamp_min(0), use_cache=False, output_hidden_states=every)
+    """The body's output for token ids (B, T), those of no label too (`read_tensor`); with `every` layer's states."""
+    return model.base_model(input_ids=read_tensor(ids), use_cache=False, output_hidden_states=every)
 
 
 def cross_entropy(model: nn.Module, hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.compress.architecture import anatomy
+from pipeline.compress.documents import read_tensor
 from pipeline.compress.recover._features import normalised_feature_loss
 from pipeline.compress.recover._masked import MaskedSession
 from pipeline.compress.recover._session import freeze
@@ -39,7 +40,7 @@ class ReconstructSession(MaskedSession):
         self.known = None if setup.vocabulary is None else torch.from_numpy(setup.vocabulary).long()
 
     def loss(self, ids: torch.Tensor) -> torch.Tensor:
-        read = ids.clamp_min(0)
+        read = read_tensor(ids)
         read = read if self.known is None else self.known.to(ids.device)[read]
         wanted: list[torch.Tensor] = []
         given: list[torch.Tensor] = []

@@ -18,7 +18,9 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.compress.architecture import anatomy
-from pipeline.compress.data import curated, handoff, parquet, tokens_of
+from pipeline.compress.calibration import LABELS, batch_of
+from pipeline.compress.data import curated, handoff, parquet
+from pipeline.compress.documents import read_ids, tokens_of
 from pipeline.compress.steps._tokenizer import closed, rewritten, trimmed
 from pipeline.compress.steps.base import Outcome, Step
 from pipeline.compress.surgery import keep_tokens
@@ -96,10 +98,10 @@ class Vocab(Step):
         paths = [self.corpus] if isinstance(self.corpus, str) else self.corpus
         source = curated(paths[0]) if run else parquet(paths, self.text)
         counts, left = np.zeros(size, np.int64), self.texts
-        for texts in source.texts():
-            for ids in tokens_of(texts.slice(0, left), tokenizer):
-                counts += np.bincount(ids, minlength=size)
-            left -= len(texts)
+        for documents in source.documents():
+            for ids in tokens_of(documents.slice(0, left), tokenizer):
+                counts += np.bincount(read_ids(ids), minlength=size)
+            left -= len(documents)
             if left <= 0:
                 break
         return counts
@@ -120,10 +122,12 @@ def rewrite(batch: Batch, pieces: list[np.ndarray]) -> dict[str, torch.Tensor]:
 
     ids = batch["input_ids"]
     mask = batch.get("attention_mask", torch.ones_like(ids)).bool().cpu().numpy()
+    silent = (batch.get(LABELS, ids) < 0).cpu().numpy()
     new = np.zeros(ids.shape, np.int64)
-    for row, old, real in zip(new, ids.cpu().numpy(), mask, strict=True):
-        row[real] = np.concatenate([pieces[token] for token in old[real]] or [row[:0]])[: real.sum()]
-    return {**batch, "input_ids": torch.from_numpy(new).to(ids.device)}
+    for row, old, quiet, real in zip(new, ids.cpu().numpy(), silent, mask, strict=True):
+        found = [~pieces[t] if q else pieces[t] for t, q in zip(old[real], quiet[real], strict=True)]
+        row[real] = np.concatenate(found or [row[:0]])[: real.sum()]
+    return {**batch, **batch_of(torch.from_numpy(new).to(ids.device))}
 
 
 def _real(batch: Batch) -> torch.Tensor:
