@@ -144,8 +144,9 @@ class _Reader:
             names = frozenset(name for name, _ in self.open)
             table = next((number for name, number in reversed(self.open) if name == "table"), 0)
             path = tuple(number for _, number in self.open)
-            if self.pre is not None and self.open[-1][0] == "pre":
-                start, self.pre = self.pre, None  # the tag goes along: white space counts for who renders the span
+            if self.pre is not None and self.open and self.open[-1][0] == "pre":
+                start = self.pre  # the tag goes along: white space counts for who renders the span
+            self.pre = None
             self.current = Block(start, start, path, names, table)
             self.blocks.append(self.current)
         words = len(WORD.findall(inner))
@@ -177,6 +178,7 @@ class _Reader:
         self.current, self.links = None, False
         depth = next((i for i in range(len(self.open) - 1, -1, -1) if self.open[i][0] == name), None)
         if depth is not None:
+            self.pre = None if any(inside == "pre" for inside, _ in self.open[depth:]) else self.pre
             del self.open[depth:]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline import curate
@@ -112,12 +112,15 @@ def test_planted_navigation_goes_and_the_article_stays() -> None:
     assert kept["article"] > 0.98 * removed["article"]
 
 
-MARKS = "<p> </p> <div> </div> <a> </a> <table> <td> </table> <!-- --> <b <script> </script> &lt; <br> \" ' <li> <pre>"
+MARKS = "<p> </p> <div> </div> <a> </a> <table> <td> </table> <!-- --> <b <script> </script> &lt; <br> \" ' <li> <pre> </pre>"
 WORDS = ("word ", "é漢 ", "\n", "many words in a row that make a long block of text and more ")
 
 
 @settings(max_examples=150)
 @given(st.lists(st.sampled_from([*MARKS.split(), *WORDS]), max_size=25))
+@example(["<pre>", "</pre>", "word "])
+@example(["<div>", "<pre>", "</div>", "word "])
+@example(["<pre>", "<p>", "word ", "</p>", "word "])
 def test_spans_are_ordered_disjoint_and_inside(pieces: list[str]) -> None:
     page = "".join(pieces)
     for found in (blocks(page), HtmlBlocks().choose(page, None)):
