@@ -230,7 +230,7 @@ def test_a_stuck_unit_is_killed_and_tried_again(
     write_corpus: Any, open_run: Any, tmp_path: Path, ray_pool: Any
 ) -> None:
     corpus = write_corpus(files=2, rows=10, groups=1, rows_of=plant("STUCK", {0: [3]}))
-    with open_run(corpus, lambda: ray_pool(2, timeout_s=3)) as run:
+    with open_run(corpus, lambda: ray_pool(2, timeout_s=8)) as run:
         run.materialize([toys.column("len", toys.sticky, "STUCK", tmp_path / "once")])
         assert run.failed == {}
         assert run.manifest["passes"][0]["workers_lost"] == 1

@@ -112,7 +112,8 @@ def test_planted_navigation_goes_and_the_article_stays() -> None:
     assert kept["article"] > 0.98 * removed["article"]
 
 
-MARKS = "<p> </p> <div> </div> <a> </a> <table> <td> </table> <!-- --> <b <script> </script> &lt; <br> \" ' <li> <pre> </pre>"
+TAGS = "<p> </p> <div> </div> <a> </a> <table> <td> </table> <pre> </pre> <script> </script> <br> <li>"
+MARKS = f"{TAGS} <!-- --> <b &lt; \" '"
 WORDS = ("word ", "é漢 ", "\n", "many words in a row that make a long block of text and more ")
 
 

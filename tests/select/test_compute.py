@@ -77,7 +77,7 @@ def test_equal_buckets_are_one_of_their_size_with_a_longer_half_life(
 def test_more_tokens_never_raise_the_error(utility: list[float], tau: float, epochs: float) -> None:
     one = law(tuple(utility), tau)
     sizes = [E] * len(utility)
-    assert one.error(1.1 * epochs * E, sizes) <= one.error(epochs * E, sizes)
+    assert one.error(1.1 * epochs * E, sizes) <= one.error(epochs * E, sizes) * (1 + 1e-12)  # flat, but for rounding
 
 
 def errors(true: Law, bucket: int, noise: float = 0.0) -> Measured:

@@ -42,18 +42,31 @@ def test_the_curves_of_the_specification() -> None:
     assert table(costs)([(2, 2), found], 1) == [6, 4]
 
 
+START, TYPES = (1, 2, 1, 1, 2), [[0, 1, 2], [3, 4]]
+
+
+def searched(seed: int) -> tuple[Any, tuple[int, ...]]:
+    """Costs of five parts at four levels, and the mix that the search found."""
+    measure = table(np.random.default_rng(seed).random((5, 4)).cumsum(1).tolist())
+    rng = np.random.default_rng(seed)
+    return measure, evolve(START, [4] * 5, TYPES, measure, [(1, 8), (2, 2)], 64, 20, 4, rng)
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 2**32 - 1))
-def test_the_best_of_all_mixes_is_found_and_types_keep_their_totals(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    costs = rng.random((5, 4)).cumsum(1).tolist()
-    types = [[0, 1, 2], [3, 4]]
-    start = (1, 2, 1, 1, 2)
-    found = evolve(start, [4] * 5, types, table(costs), [(1, 8), (2, 2)], 64, 20, 4, np.random.default_rng(seed))
+def test_types_keep_their_totals_and_nothing_worse_is_found(seed: int) -> None:
+    measure, found = searched(seed)
+    assert (sum(found[:3]), sum(found[3:])) == (4, 3)
+    assert all(0 <= level < 4 for level in found)
+    assert measure([found], 1)[0] <= measure([START], 1)[0]
+
+
+@pytest.mark.parametrize("seed", range(15))
+def test_the_best_of_all_mixes_is_found(seed: int) -> None:
+    """Of these seeds: a search by chance may miss it, and does in one of a few thousand."""
+    measure, found = searched(seed)
     mixes = [m for m in product(range(4), repeat=5) if sum(m[:3]) == 4 and sum(m[3:]) == 3]
-    assert found in mixes
-    best = min(table(costs)(mixes, 1))
-    assert table(costs)([found], 1)[0] == pytest.approx(best)
+    assert measure([found], 1)[0] == pytest.approx(min(measure(mixes, 1)))
 
 
 @settings(max_examples=30, deadline=None)
