@@ -63,7 +63,7 @@ def test_types_keep_their_totals_and_nothing_worse_is_found(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(15))
 def test_the_best_of_all_mixes_is_found(seed: int) -> None:
-    """Of these seeds: a search by chance may miss it, and does in one of a few thousand."""
+    """Of these seeds: a search by chance may miss it (with seed 53551 it does)."""
     measure, found = searched(seed)
     mixes = [m for m in product(range(4), repeat=5) if sum(m[:3]) == 4 and sum(m[3:]) == 3]
     assert measure([found], 1)[0] == pytest.approx(min(measure(mixes, 1)))
