@@ -154,9 +154,9 @@ def test_utilities_are_products_of_gradients_taken_row_by_row(
 
 def test_sketches_keep_the_products(lm: Any, make_batch: Callable[..., Any]) -> None:
     found, batch = setup(lm, make_batch, "adamw"), make_batch(6, 2)
-    exact, _ = Opus(sketch=4096, proxy_rows=8).begin(found).utilities(batch)  # type: ignore[attr-defined]
+    exact, _ = Opus(sketch=4096, proxy_rows=8).begin(found).utilities(batch)  # type: ignore[attr-defined]  # a session of OPUS
     runs = [
-        Opus(sketch=128, proxy_rows=8, seed=seed).begin(found).utilities(batch)[0]  # type: ignore[attr-defined]
+        Opus(sketch=128, proxy_rows=8, seed=seed).begin(found).utilities(batch)[0]  # type: ignore[attr-defined]  # a session of OPUS
         for seed in range(30)
     ]
     error = np.abs(np.mean(runs, axis=0) - exact)
@@ -200,14 +200,14 @@ def test_a_row_that_is_not_finite_is_never_chosen(lm: Any, make_batch: Callable[
     found, batch = setup(lm, make_batch, "sgd", 0), make_batch(8, 3)
     batch["input_ids"][batch["input_ids"] == 299] = 1
     batch["input_ids"][2, 1] = 299
-    found.proxy["input_ids"][found.proxy["input_ids"] == 299] = 1  # type: ignore[index]
+    found.proxy["input_ids"][found.proxy["input_ids"] == 299] = 1  # type: ignore[index]  # there is one
     with torch.no_grad():
         lm.lm_head.weight = torch.nn.Parameter(torch.randn(300, 16))
         lm.get_input_embeddings().weight[299] = torch.nan
     choice = Opus(warmup=0, rows=0.9).begin(found)(batch)
     assert choice.rows.tolist() == [0, 1, 3, 4, 5, 6, 7]
     assert choice.facts["not_finite"] == 1
-    found.proxy["input_ids"][:, 1] = 299  # type: ignore[index]
+    found.proxy["input_ids"][:, 1] = 299  # type: ignore[index]  # there is one
     assert len(Opus(warmup=0).begin(found)(batch).rows) == 0
 
 
@@ -215,7 +215,7 @@ def test_the_last_layers_alone(lm: Any, make_batch: Callable[..., Any]) -> None:
     found = setup(lm, make_batch, "adamw")
     operator: Any = Opus(last=2).begin(found)
     assert [n.rpartition(".")[2] for n in operator.layers] == ["up_proj", "down_proj"]
-    assert "lm_head" in Opus(head=True).begin(found).layers  # type: ignore[attr-defined]
+    assert "lm_head" in Opus(head=True).begin(found).layers  # type: ignore[attr-defined]  # a session of OPUS
     assert len(operator(make_batch(8)).rows) == 4
 
 

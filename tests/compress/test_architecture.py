@@ -36,7 +36,7 @@ def test_units_hold_all_that_layers_hold_but_what_the_stream_keeps(name: str) ->
     body = anatomy(model)
     held = sum(u.parameters for u in body.units("kv_group", "neuron"))
     inside = {n: p for n, p in model.named_parameters() if n.startswith(f"{body.blocks}.")}
-    outputs = {n for layer in body.layers for n in (layer.attention.output, layer.mlp.output)}  # type: ignore[union-attr]
+    outputs = {n for layer in body.layers for n in (layer.attention.output, layer.mlp.output)}  # type: ignore[union-attr]  # it has them
     of_stream = sum(p.numel() for n, p in inside.items() if "norm" in n.lower() or ".ln_" in n)
     of_stream += sum(p.numel() for n, p in inside.items() if n.removesuffix(".bias") in outputs)
     assert held == sum(p.numel() for p in inside.values()) - of_stream

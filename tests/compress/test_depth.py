@@ -75,7 +75,7 @@ def test_one_of_those_that_are_needed_stays() -> None:
     assert least_sum(cost, alone, 4, needed) is None
 
 
-class States(torch.nn.Module):  # type: ignore[name-defined, misc]
+class States(torch.nn.Module):  # type: ignore[name-defined, misc]  # torch is any to the checker here
     """Blocks that put out given states, behind one token more in front, which must not count."""
 
     def __init__(self, *states: list[list[float]]) -> None:
@@ -105,7 +105,7 @@ def test_block_influence_and_angles() -> None:
     np.testing.assert_allclose(one["span.angle"], sums["turn.angle"])
 
 
-class WithoutMask(torch.nn.Module):  # type: ignore[name-defined, misc]
+class WithoutMask(torch.nn.Module):  # type: ignore[name-defined, misc]  # torch is any to the checker here
     """A model that is not told which tokens somebody leaves out of a mean."""
 
     def __init__(self, model: Any) -> None:

@@ -67,7 +67,7 @@ def calibration(model: Any, rows: int = 16, batch: int = 8) -> Calibration:
     return Calibration.of_blocks(model, ids, batch)
 
 
-class Stub(torch.nn.Module):  # type: ignore[misc, name-defined]
+class Stub(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is any to the checker here
     """Three experts whose outputs have given norms, (tokens, experts)."""
 
     def __init__(self, norms: Any) -> None:
@@ -169,7 +169,7 @@ def test_one_batch_or_three_and_padding() -> None:
         found.append(Experts(ratio=0.5, least=8).apply(model, calibration(model, 12, batch)).report)
     assert found[0] == found[1]
     model = make("qwen2_moe")
-    stack = anatomy(model).layers[0].experts.stack  # type: ignore[union-attr]
+    stack = anatomy(model).layers[0].experts.stack  # type: ignore[union-attr]  # it has them
     ids = torch.from_numpy(np.random.default_rng(1).integers(0, 400, (2, 10)))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0
@@ -181,7 +181,7 @@ def test_reap_is_what_removing_changes() -> None:
     """g ||f|| is the size of what an expert adds to the stream for a token."""
     model = make("qwen3_moe", num_experts_per_tok=1, norm_topk_prob=False)
     own = calibration(model, 4, 4)
-    stack = anatomy(model).layers[1].experts.stack  # type: ignore[union-attr]
+    stack = anatomy(model).layers[1].experts.stack  # type: ignore[union-attr]  # it has them
     sums = own.measure(Routing((stack,)))
     given: list[Any] = []
     handle = model.get_submodule(stack).register_forward_hook(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -68,7 +70,7 @@ def rows(lengths: list[int]) -> tuple[object, object]:
     return torch.from_numpy(ids), torch.from_numpy(weight[:, 1:])
 
 
-def loop(model, layers, ids, weight, lengths):  # type: ignore[no-untyped-def]
+def loop(model: Any, layers: Any, ids: Any, weight: Any, lengths: Any) -> Any:
     """Gradients (n, p) by autograd, one row without padding at a time."""
     model.requires_grad_(True)
     found = []
@@ -87,7 +89,7 @@ def loop(model, layers, ids, weight, lengths):  # type: ignore[no-untyped-def]
 
 
 @pytest.mark.parametrize("which", ["full", "last", "v_proj"])
-def test_gradients_of_a_padded_batch_are_those_of_a_loop(model, which: str) -> None:  # type: ignore[no-untyped-def]
+def test_gradients_of_a_padded_batch_are_those_of_a_loop(model: Any, which: str) -> None:
     layers = {"full": linear_layers, "last": head, "v_proj": lambda m: linear_layers(m, "v_proj")}[which](model)
     assert len(layers) == {"full": 15, "last": 1, "v_proj": 2}[which]
     lengths = [12, 5, 9, 3]
@@ -107,7 +109,7 @@ def test_gradients_of_a_padded_batch_are_those_of_a_loop(model, which: str) -> N
     torch.testing.assert_close(products, expected @ direction, rtol=1e-3, atol=1e-4)
 
 
-def test_a_row_without_weight_has_no_gradient(model) -> None:  # type: ignore[no-untyped-def]
+def test_a_row_without_weight_has_no_gradient(model: Any) -> None:
     ids, weight = rows([6, 6])
     weight[1] = 0
     norms = torch.zeros(2)
@@ -117,7 +119,7 @@ def test_a_row_without_weight_has_no_gradient(model) -> None:  # type: ignore[no
     assert norms[1] == 0
 
 
-def test_the_graph_begins_at_the_first_layer_that_is_asked_for(model) -> None:  # type: ignore[no-untyped-def]
+def test_the_graph_begins_at_the_first_layer_that_is_asked_for(model: Any) -> None:
     model.requires_grad_(False)
     seen: list[bool] = []
     probe = model.model.layers[1].register_forward_hook(
@@ -130,7 +132,7 @@ def test_the_graph_begins_at_the_first_layer_that_is_asked_for(model) -> None:  
     assert seen == [False, True]
 
 
-def test_hooks_go_when_the_pass_ends_in_an_error(model) -> None:  # type: ignore[no-untyped-def]
+def test_hooks_go_when_the_pass_ends_in_an_error(model: Any) -> None:
     layers = head(model)
     with pytest.raises(RuntimeError, match="stop"), tapped(layers, lambda name, a, b: None):
         raise RuntimeError("stop")

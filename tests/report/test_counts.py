@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -47,9 +48,9 @@ def test_the_value_of_a_level_is_within_a_128th(score: float) -> None:
     ],
     ids=["uniform", "normal", "negative", "long tail", "integers", "narrow"],
 )
-def test_bins_count_every_row_in_its_place(draw: object) -> None:
+def test_bins_count_every_row_in_its_place(draw: Any) -> None:
     rng = np.random.default_rng(0)
-    scores = draw(rng).astype(np.float32)  # type: ignore[operator]
+    scores = draw(rng).astype(np.float32)
     keep = rng.random(len(scores)) < 0.2
     shown = bins(levels_of(scores, keep))
     assert shown is not None

@@ -131,8 +131,8 @@ def test_flops_of_a_transformer(tmp_path: Path) -> None:
     class Encoder:
         model = str(tmp_path)
 
-    assert model_flops(Encoder(), 10) == 2 * 64 * 10  # type: ignore[arg-type]
-    assert model_flops(object(), 10) == 0  # type: ignore[arg-type]
+    assert model_flops(Encoder(), 10) == 2 * 64 * 10  # type: ignore[arg-type]  # stands for an encoder
+    assert model_flops(object(), 10) == 0  # type: ignore[arg-type]  # stands for an encoder
 
 
 def test_a_budget_of_compute_shows_its_curve_and_choice(

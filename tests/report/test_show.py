@@ -4,6 +4,7 @@ import re
 import shutil
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,9 +19,9 @@ def column(run: Path, name: str) -> pa.Table:
     return pa.concat_tables([pq.read_table(p) for p in sorted((run / "columns" / name).iterdir())])
 
 
-def printed(capsys: pytest.CaptureFixture[str], run: Path, **options: object) -> list[str]:
+def printed(capsys: pytest.CaptureFixture[str], run: Path, **options: Any) -> list[str]:
     """What is printed, a block a row."""
-    print_rows(str(run), **options)  # type: ignore[arg-type]
+    print_rows(str(run), **options)
     return [b for b in capsys.readouterr().out.split("\n\n") if b.strip()]
 
 
@@ -77,8 +78,8 @@ def test_mistakes_are_named(hostile_run: Path, tmp_path: Path) -> None:
     with pytest.raises(TamisError, match="is not a run directory"):
         print_rows(str(tmp_path))
     for name in ("manifest.json", "corpus"):
-        copy = shutil.copytree if (hostile_run / name).is_dir() else shutil.copy
-        copy(hostile_run / name, tmp_path / name)  # type: ignore[operator]
+        copy: Any = shutil.copytree if (hostile_run / name).is_dir() else shutil.copy
+        copy(hostile_run / name, tmp_path / name)
     with pytest.raises(TamisError, match="nothing is selected yet"):
         print_rows(str(tmp_path))
     shutil.rmtree(tmp_path / "corpus")

@@ -161,7 +161,7 @@ def test_what_shapes_the_order_is_in_the_identity() -> None:
         seed = 0
 
     def identity(**fields: Any) -> str:
-        return Diversity.model_validate(fields).column(Fake()).identity  # type: ignore[arg-type]
+        return Diversity.model_validate(fields).column(Fake()).identity  # type: ignore[arg-type]  # stands for a run
 
     assert identity() == identity(name="other")
     others = [{"method": "k_center"}, {"depth": 0.5}, {"trim": 0.1}, {"cap": 50}]

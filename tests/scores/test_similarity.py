@@ -50,7 +50,7 @@ def test_the_map_standardises_every_examples_cosines_over_the_corpus(seed: int, 
 
 
 def scored(directory: Path, rows: np.ndarray, best: bool = True, **arrays: np.ndarray) -> pa.RecordBatch:
-    np.savez(directory / MAP, **arrays)  # type: ignore[arg-type]
+    np.savez(directory / MAP, **arrays)  # type: ignore[arg-type]  # keywords are arrays
     return _open(Artifact("similarity", "", Store(str(directory))), best)(batch_of(rows))
 
 

@@ -64,7 +64,7 @@ def real(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     table = ds.dataset(shared_data / "text_corpus/parts").to_table(columns=["text", "source"])
     kinds = np.array(table["source"].to_pylist())
 
-    def texts(source: str, start: int, end: int) -> list[str]:
+    def texts(source: str, start: int, end: int | None) -> list[str]:
         rows = np.flatnonzero(kinds == source)[start:end]
         return [t[:1000] for t in table["text"].take(pa.array(rows)).to_pylist()]
 
@@ -74,7 +74,7 @@ def real(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     clean, irrelevant = texts("wikipedia_passage", 300, 500), texts("book", 300, 500)
     pools = {"clean": clean, "noisy": clean[:100] + irrelevant[:100], "irrelevant": irrelevant}
     files = {name: {"positives": written(directory / f"{name}.parquet", seeds)} for name, seeds in pools.items()}
-    target = written(directory / "target.parquet", texts("wikipedia_passage", -100, None))  # type: ignore[arg-type]
+    target = written(directory / "target.parquet", texts("wikipedia_passage", -100, None))
     found = run(directory / "run", directory / "corpus", target, pools=files, sample=450)
     return {"found": found, "directory": directory, "is_wiki": np.arange(900) < 300, "pools": files, "target": target}
 

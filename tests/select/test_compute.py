@@ -124,7 +124,7 @@ def test_a_fit_recovers_what_made_the_errors() -> None:
 
 def test_what_a_fit_cannot_tell_is_said() -> None:
     flat = Measured(E * np.array([1.0, 2, 3]), np.array([0.9, 0.95, 0.9]))
-    true = law((-0.18, -0.1), (2.0, 40.0))  # type: ignore[arg-type]
+    true = law((-0.18, -0.1), (2.0, 40.0))  # type: ignore[arg-type]  # as many half-lives as utilities
     found = fit_law([errors(true, 0), flat, errors(true, 0)], E, 0.1)
     assert found.buckets == 1
     assert "bucket 2 does not fall" in found.notes[0]

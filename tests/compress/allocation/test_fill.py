@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -30,8 +32,8 @@ def removed_cost(parts: list[Part], keep: np.ndarray) -> float:
 
 @settings(deadline=None)
 @given(parts_, targets, st.randoms(use_true_random=False))
-def test_total_is_met_within_half_a_piece_and_limits_hold(parts: list[Part], target: Target, random: object) -> None:
-    shares = np.array([random.random() * (random.random() < 0.8) for _ in parts])  # type: ignore[attr-defined]
+def test_total_is_met_within_half_a_piece_and_limits_hold(parts: list[Part], target: Target, random: Any) -> None:
+    shares = np.array([random.random() * (random.random() < 0.8) for _ in parts])
     try:
         keep = spread(parts, target, shares)
     except ConfigError:

@@ -217,7 +217,7 @@ def test_zscores_rank_heads_and_neurons_together_and_weigh_heads_by_parameters()
     neurons = Units("0.neuron", 0, 20, 1.0, "neuron", ())
     scores = [some([1, 2, 3]), np.arange(20.0)]
     # z of heads -1, 0, 1; of neurons -1.606 to 1.606 by 0.169. Lowest first: 4 neurons (4), head 0 (10), 6 neurons ...
-    evidence = Evidence(None, scores=scores)  # type: ignore[arg-type]
+    evidence = Evidence(None, scores=scores)  # type: ignore[arg-type]  # the rule measures nothing
     rule = GlobalRank(normalise="zscore")
     assert rule.keep([heads, neurons], Target(4 / 50), evidence).tolist() == [3, 16]
     assert rule.keep([heads, neurons], Target(14 / 50), evidence).tolist() == [2, 16]
@@ -228,22 +228,22 @@ def test_zscores_rank_heads_and_neurons_together_and_weigh_heads_by_parameters()
 def test_scores_of_one_unit_rank_by_parameter() -> None:
     parts = [Units("0.kv_group", 0, 2, 10.0, "kv_group", ()), Units("0.neuron", 0, 4, 1.0, "neuron", ())]
     scores = [some([5, 40]), some([1, 2, 3, 4])]
-    keep = GlobalRank().keep(parts, Target(10 / 24), Evidence(None, scores=scores))  # type: ignore[arg-type]
+    keep = GlobalRank().keep(parts, Target(10 / 24), Evidence(None, scores=scores))  # type: ignore[arg-type]  # the rule measures nothing
     assert keep.tolist() == [1, 4]  # .5 a parameter against 1 and more
-    keep = GlobalRank(per_parameter=False).keep(parts, Target(3 / 24), Evidence(None, scores=scores))  # type: ignore[arg-type]
+    keep = GlobalRank(per_parameter=False).keep(parts, Target(3 / 24), Evidence(None, scores=scores))  # type: ignore[arg-type]  # the rule measures nothing
     assert keep.tolist() == [2, 1]
 
 
 def test_ties_go_to_the_first_part_and_no_layer_loses_more_than_its_cap() -> None:
     parts = [Part(str(i), i, 10, 1.0) for i in range(3)]
-    evidence = Evidence(None, scores=[np.zeros(10)] * 3)  # type: ignore[arg-type]
+    evidence = Evidence(None, scores=[np.zeros(10)] * 3)  # type: ignore[arg-type]  # the rule measures nothing
     assert GlobalRank().keep(parts, Target(0.5, cap=0.9), evidence).tolist() == [1, 4, 10]
 
 
 def test_heads_rank_by_what_goes_together() -> None:
     heads = [Units(f"{i}.query_head", i, 4, 1.0, "query_head", (), groups=2) for i in range(2)]
     scores = [some([0, 9, 9, 9]), some([4, 9, 4, 9])]  # the lowest of both groups together: 9 against 8
-    keep = GlobalRank().keep(heads, Target(0.25), Evidence(None, scores=scores))  # type: ignore[arg-type]
+    keep = GlobalRank().keep(heads, Target(0.25), Evidence(None, scores=scores))  # type: ignore[arg-type]  # the rule measures nothing
     assert keep.tolist() == [4, 2]
 
 
@@ -268,7 +268,7 @@ def test_nirvanas_split(
     ]
     rng = np.random.default_rng(0)
     scores = [rng.random(p.count) for p in parts]
-    keep = Nirvana(gamma=gamma).keep(parts, Target(share), Evidence(None, scores=scores))  # type: ignore[arg-type]
+    keep = Nirvana(gamma=gamma).keep(parts, Target(share), Evidence(None, scores=scores))  # type: ignore[arg-type]  # the rule measures nothing
     lost = np.array([p.count for p in parts]) - keep
     assert lost[::2].sum() == pytest.approx(groups, abs=0.51)
     # the neurons make up for the part of a group that cannot go
@@ -279,13 +279,13 @@ def test_nirvanas_split(
 def test_what_attention_cannot_give_the_mlps_do() -> None:
     parts = [Units("0.kv_group", 0, 2, 10.0, "kv_group", ()), Units("0.neuron", 0, 20, 1.0, "neuron", ())]
     scores = [some([1, 2]), np.arange(20.0)]
-    keep = Nirvana(gamma=0.2).keep(parts, Target(0.5), Evidence(None, scores=scores))  # type: ignore[arg-type]
+    keep = Nirvana(gamma=0.2).keep(parts, Target(0.5), Evidence(None, scores=scores))  # type: ignore[arg-type]  # the rule measures nothing
     assert keep.tolist() == [1, 10]
 
 
 def test_uniform_and_layers_of_one_shape() -> None:
     parts = [Part(str(i), i, 1536, 3.0) for i in range(30)]
-    evidence = Evidence(None)  # type: ignore[arg-type]
+    evidence = Evidence(None)  # type: ignore[arg-type]  # the rule measures nothing
     assert set(Uniform().keep(parts, Target(0.2), evidence).tolist()) == {1228, 1229}
     assert set(Uniform(even=True).keep(parts, Target(0.2), evidence).tolist()) == {1229}
     assert set(Uniform(even=True).keep(parts, Target(0.2, multiple=64), evidence).tolist()) == {1216}
@@ -392,7 +392,7 @@ def test_evidence_that_is_missing_is_named(rule: Allocation, says: str) -> None:
 def test_scores_below_zero_have_no_proportions() -> None:
     parts = [Part("a", 0, 4, 1.0)]
     with pytest.raises(ConfigError, match="must not be negative"):
-        capped_proportional.CappedProportional().keep(parts, Target(0.4), Evidence(None, scores=[-ones(4)]))  # type: ignore[arg-type]
+        capped_proportional.CappedProportional().keep(parts, Target(0.4), Evidence(None, scores=[-ones(4)]))  # type: ignore[arg-type]  # the rule measures nothing
 
 
 def test_half_precision_has_no_slopes() -> None:
@@ -410,6 +410,6 @@ def test_half_precision_has_no_slopes() -> None:
 def test_a_ranking_is_monotone(seed: int, share: float, more: float) -> None:
     rng = np.random.default_rng(seed)
     parts = [Part(str(i), i, int(n), float(cost)) for i, (n, cost) in enumerate(rng.integers(2, 30, (5, 2)))]
-    evidence = Evidence(None, scores=[rng.random(p.count) for p in parts])  # type: ignore[arg-type]
+    evidence = Evidence(None, scores=[rng.random(p.count) for p in parts])  # type: ignore[arg-type]  # the rule measures nothing
     before, after = (GlobalRank().keep(parts, Target(s, cap=1, floor=0), evidence) for s in (share, share + more))
     assert (after <= before).all()

@@ -197,7 +197,7 @@ def test_domains_that_are_behind_are_seen_more_often(tmp_path: Path) -> None:
     setup = Setup(
         student(), blocks(), held_out=blocks(4, 1), domains=domains, held_out_domains=np.arange(4) % 2
     )  # fmt: skip
-    sampler: Any = DynamicBatches(reference=(0.0, 9.0), every=1, weights=(0.5, 0.5)).start(setup, None)  # type: ignore[arg-type]
+    sampler: Any = DynamicBatches(reference=(0.0, 9.0), every=1, weights=(0.5, 0.5)).start(setup, None)  # type: ignore[arg-type]  # it asks nothing of the session
     seen = np.concatenate([sampler.rows(7) for _ in range(200)])
     assert 0.45 < domains[seen].mean() < 0.55
     per_block = np.bincount(seen, minlength=20)
@@ -222,7 +222,7 @@ def test_the_teacher_is_the_reference_where_none_is_given() -> None:
     setup = Setup(
         student(), blocks(), teacher, held_out=held_out, domains=np.arange(20) % 2, held_out_domains=np.arange(4) % 2
     )
-    sampler: Any = DynamicBatches().start(setup, None)  # type: ignore[arg-type]
+    sampler: Any = DynamicBatches().start(setup, None)  # type: ignore[arg-type]  # it asks nothing of the session
     assert sampler.reference.tolist() == pytest.approx([lm_loss(teacher, held_out[d::2]) for d in range(2)])
 
 
@@ -256,7 +256,7 @@ def test_domains_that_do_not_fit(fields: dict[str, Any], says: str) -> None:
     recipe = fields.pop("recipe", DynamicBatches(reference=(1.0, 1.0)))
     options = {"held_out": blocks(4), "domains": np.arange(20) % 2, "held_out_domains": np.arange(4) % 2} | fields
     with pytest.raises(ConfigError, match=says):
-        recipe.start(Setup(student(), blocks(), **options), None)  # type: ignore[arg-type]
+        recipe.start(Setup(student(), blocks(), **options), None)  # type: ignore[arg-type]  # it asks nothing of the session
 
 
 def test_times_that_make_no_sense() -> None:

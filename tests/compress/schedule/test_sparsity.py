@@ -14,7 +14,7 @@ from pipeline.compress.schedule.base import cubic  # noqa: E402
 from pipeline.compress.sparse.base import Pattern  # noqa: E402
 
 
-class Holder(torch.nn.Module):  # type: ignore[misc, name-defined]
+class Holder(torch.nn.Module):  # type: ignore[misc, name-defined]  # torch is any to the checker here
     def __init__(self, weight: Any) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.as_tensor(weight, dtype=torch.float32))

@@ -207,12 +207,12 @@ def test_a_broken_training_of_factors_goes_on_to_the_same(tiny_trained: Any, tmp
         taken.append(1)
         step_of(self)
 
-    healing.Training._step = breaks  # type: ignore[method-assign]
+    healing.Training._step = breaks  # type: ignore[method-assign]  # put back below
     try:
         with pytest.raises(KeyboardInterrupt):
             run("broken")
     finally:
-        healing.Training._step = step_of  # type: ignore[method-assign]
+        healing.Training._step = step_of  # type: ignore[method-assign]  # as it was
     again = run("broken")
     assert again.losses.tolist() == whole.losses.tolist()
     for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True):

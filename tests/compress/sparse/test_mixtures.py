@@ -139,7 +139,7 @@ def test_stun_takes_experts_and_then_weights_to_one_ratio() -> None:
     body = anatomy(model)
     before = sum(matrix(body, name).numel() for block in matrices(body) for name in block)
     outcome = Stun(ratio=0.4, experts=0.25).apply(model, calibration(model))
-    assert anatomy(model).layers[0].experts.count == 6  # type: ignore[union-attr]
+    assert anatomy(model).layers[0].experts.count == 6  # type: ignore[union-attr]  # it has them
     assert outcome.report["experts"]["kept"] == {"0.expert": "6 of 8", "1.expert": "6 of 8"}
     body = anatomy(model)
     left = [matrix(body, name) for block in matrices(body) for name in block]

@@ -240,7 +240,7 @@ def test_the_driver_sees_what_the_whole_model_sees(tiny_models: Any, name: str) 
         calibration = Calibration(tiny.model, [batch])
         seen: dict[str, Any] = {}
         with torch.no_grad():
-            for _, sums in walk(calibration, body.blocks, names, {"gram"}, propagate):  # type: ignore[arg-type]
+            for _, sums in walk(calibration, body.blocks, names, {"gram"}, propagate):  # type: ignore[arg-type]  # a literal
                 seen |= sums
         for n in flat:
             for kind in ("square", "gram"):
