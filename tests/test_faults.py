@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.corpus.rows import row_column
 from pipeline.corpus.storage import Store, is_disk_full
 from pipeline.engine.pool import InlinePool, Pool, RayPool
 from pipeline.errors import DiskFull
+from tests.waiting import wait_for
 
 DRIVER = """
 import sys
@@ -45,13 +45,6 @@ with Run(config, partial(connect, config.engine), quiet=True) as run:
 def start(corpus: Path, run: Path, address: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", DRIVER, str(Path(toys.__file__).parent), str(corpus), str(run), address]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"RAY_ADDRESS": ""})
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
 
 
 def children(pid: int) -> set[int]:
@@ -81,7 +74,7 @@ def test_a_killed_driver_leaves_what_it_did(write_corpus: Any, open_run: Any, tm
     corpus, run = write_corpus(files=5, rows=16, groups=8), tmp_path / "killed"
     process = start(corpus, run, address)
     parts = run / "columns" / "len"
-    wait_for(lambda: parts.is_dir() and len(list(parts.glob("*.parquet"))) >= 5, 120)
+    wait_for(lambda: parts.is_dir() and len(list(parts.glob("*.parquet"))) >= 5)
     workers = {pid for pid in children(process.pid) if "_Worker" in command_of(pid)}
     assert len(workers) == (2 if address == "local" else 0)
     process.send_signal(signal.SIGKILL)
@@ -105,12 +98,12 @@ def test_a_user_who_stops_can_go_on(write_corpus: Any, tmp_path: Path) -> None:
     process = start(corpus, run, "inline")
     wait_for(lambda: (run / "columns/len/part-00002.parquet").exists())
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode != 0
     assert '"status": "failed"' in (run / "manifest.json").read_text()
     assert not (run / "lock.json").exists()
     again = start(corpus, run, "inline")
-    out, _ = again.communicate(timeout=60)
+    out, _ = again.communicate(timeout=120)
     assert 0 < int(out.split()[1]) < 38
 
 

@@ -18,6 +18,7 @@ import pytest
 from pipeline.corpus.storage import Store
 from pipeline.errors import RunLocked
 from pipeline.lock import RunLock
+from tests.waiting import wait_for
 
 HOLD = """
 import sys, time
@@ -145,8 +146,7 @@ class TestBeats:
         lock = RunLock(store)
         lock.acquire()
         first = owner(store)["beat"]
-        time.sleep(0.3)
-        assert owner(store)["beat"] > first
+        wait_for(lambda: owner(store)["beat"] > first)
         lock.release()
         time.sleep(0.2)
         assert not store.exists("lock.json")  # no beat comes after the end
@@ -167,7 +167,7 @@ class TestBeats:
         lock.acquire()
         lock.check()
         self.left_behind(store, session="the other")
-        time.sleep(0.3)
+        wait_for(lambda: lock._lost is not None)
         with pytest.raises(RunLocked, match="process 1 on elsewhere"):
             lock.check()
         lock.release()

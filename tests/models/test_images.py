@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from pipeline.models import images
 from pipeline.models.image_text import encode_images
 from pipeline.models.images import Preprocess, decode, quiet, stream
+from tests.waiting import wait_for
 
 Image = pytest.importorskip("PIL.Image")
 torch = pytest.importorskip("torch")
@@ -230,9 +231,7 @@ def test_a_stream_reads_ahead_but_not_far(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(Preprocess, "__call__", counted)
     parts = stream(pa.array([encoded(picture())] * 40), CLIP, 4, 2)
     next(parts)
-    deadline = time.monotonic() + 10
-    while begun < 4 * (1 + images.AHEAD + 1) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: begun >= 4 * (1 + images.AHEAD + 1))
     time.sleep(0.1)
     assert begun == 4 * (1 + images.AHEAD + 1)
     parts.close()  # and lets go of its threads
