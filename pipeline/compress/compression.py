@@ -262,6 +262,7 @@ def _card(
         "parent": config.model if isinstance(config.model, str) else parent.name,
         "data": config.data if isinstance(config.data, str) else ", ".join(config.data),
         "data_fingerprint": blocks.fingerprint,
+        "measured_on": "unseen responses" if conversations(blocks.unseen) else "unseen texts",
         "before": before,
         "after": after,
         "steps": report["steps"],

@@ -60,6 +60,7 @@ def test_the_folder_loads_and_says_what_went(done) -> None:
     assert model.generate(ids, max_new_tokens=4, min_new_tokens=4, do_sample=False).shape[1] == ids.shape[1] + 4
     card = (Path(result.folder) / "README.md").read_text()
     assert "weights of the layers' matrices" in card
+    assert "unseen texts" in card
     report = json.loads(Path(result.report).read_text())
     assert report["steps"][0]["of_prunable"] == pytest.approx(0.4, abs=0.1)
     assert report["passes"]["backward"] == 8 * 32

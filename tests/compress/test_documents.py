@@ -205,6 +205,7 @@ def test_a_model_is_cut_and_healed_on_conversations(chat_run: str, tuned: Path, 
     _, tokenizer = folder.load(Path(result.folder))
     assert tokenizer.backend_tokenizer.truncation is None
     assert tokenizer.chat_template == TEMPLATE
+    assert "unseen responses" in (Path(result.folder) / "README.md").read_text()
 
 
 def test_tokens_are_trimmed_by_what_conversations_use(chat_run: str, tuned: Path, tmp_path: Path) -> None:
