@@ -178,7 +178,6 @@ class _Reader:
         self.current, self.links = None, False
         depth = next((i for i in range(len(self.open) - 1, -1, -1) if self.open[i][0] == name), None)
         if depth is not None:
-            self.pre = None if any(inside == "pre" for inside, _ in self.open[depth:]) else self.pre
             del self.open[depth:]
 
 
