@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from pipeline.compare.measures.language import bits_per_byte, divergence
-from pipeline.compress import folder
+from pipeline.compress import choice, folder
 from pipeline.compress.calibration import LABELS, Calibration, token_loss
 from pipeline.compress.compression import compress
 from pipeline.compress.data import curated, pack_blocks, set_apart
@@ -30,7 +33,10 @@ from pipeline.compress.documents import (
     tokens_of,
 )
 from pipeline.compress.healing import heal, loss_sum
+from pipeline.compress.recover.base import Setup
+from pipeline.compress.recover.distill import Distill
 from pipeline.compress.recover.full import Full
+from pipeline.compress.recover.perp import Perp
 from pipeline.compress.steps.vocab import rewrite
 from pipeline.errors import ConfigError, TamisError
 from tests.compress.test_compression import configured
@@ -66,6 +72,14 @@ def test_of_a_template_the_end_is_learned_and_nothing_that_a_row_says_is_special
     learned = ids[ids >= 0]
     assert learned[-1] == end
     assert tokenizer.decode(learned[:-1]) == f"oak{END}"
+
+
+def test_what_a_tokenizer_puts_around_a_text_is_left_out(loaded) -> None:
+    _, tokenizer = deepcopy(loaded)
+    plain = tokens_of(rendered(("wren", "oak")), tokenizer)[0]
+    around = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.eos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = around
+    np.testing.assert_array_equal(tokens_of(rendered(("wren", "oak")), tokenizer)[0], plain)
 
 
 def test_a_document_is_closed_where_nothing_else_has_ended_it(loaded, tuned: Path) -> None:
@@ -134,6 +148,27 @@ def test_rewritten_batches_say_what_is_learned() -> None:
     assert new[LABELS].tolist() == [[-100, -100, 3, 1]]
 
 
+def test_what_compares_with_the_parent_reads_the_whole(loaded, blocks: np.ndarray) -> None:
+    """Prompts reach both models, whatever a method measures; where tokens were renamed, the parent by its own names."""
+    model, _ = loaded
+    other, whole = make_noise(model), read_ids(blocks)
+    assert choice.divergence(model, other, blocks) == choice.divergence(model, other, whole)
+
+    known, same = (Setup(deepcopy(other), blocks, model, vocabulary=v) for v in (np.arange(300), None))
+    ids, read = torch.from_numpy(blocks).long(), torch.from_numpy(whole).long()
+    assert float(Distill().begin(known).loss(ids).detach()) == float(Distill().begin(same).loss(ids).detach())
+
+    masks = {"model.layers.0.mlp.down_proj.weight": torch.ones(32, 64, dtype=torch.bool)}
+    session = Perp(reconstruct=True, rank=2).begin(Setup(deepcopy(other), blocks, model, masks=masks))
+    part, every = (float(session.loss(i).detach()) / int((i[:, 1:] >= 0).sum()) for i in (ids, read))
+    assert part == pytest.approx(every, rel=1e-6)
+
+
+def test_a_token_that_the_student_lacks_is_refused_wherever_it_stands(loaded, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="token id 300, where the student knows 300"):
+        heal(loaded[0], Full(), np.full((4, 8), ~300), 32, directory=tmp_path)
+
+
 def test_healing_learns_responses_and_not_prompts(loaded, tuned: Path, tmp_path: Path) -> None:
     """The same answer to whatever is asked: it comes to be known, the prompts do not."""
     model, tokenizer = folder.load(tuned)
@@ -175,8 +210,6 @@ def test_bits_and_divergence_are_of_the_responses(loaded, tuned: Path) -> None:
 
 
 def make_noise(model: Any) -> Any:
-    from copy import deepcopy
-
     other = deepcopy(model)
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
@@ -220,7 +253,9 @@ def test_tokens_are_trimmed_by_what_conversations_use(chat_run: str, tuned: Path
 
 def test_the_template_is_part_of_what_identifies_the_data(chat_run: str, tmp_path: Path) -> None:
     plain = make_chat_run(tmp_path)
-    assert curated(plain).fingerprint != curated(chat_run).fingerprint
+    here = curated(chat_run)
+    assert here.chat is not None
+    assert here.of(["a"], "x").fingerprint != replace(here, chat=replace(here.chat, ends=())).of(["a"], "x").fingerprint
     first = next(curated(plain).documents())
     assert [f.name for f in first.type] == ["text", "targets"]
     assert [f.name for f in next(curated(chat_run).documents()).type] == ["text", "targets", "markup"]
