@@ -54,7 +54,8 @@ def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         for _ in range(ATTEMPTS):
             ports = [free_port() for _ in range(4)]
             named = zip(("master", "volume", "filer", "s3"), ports, strict=True)
-            arguments = [WEED, "server", "-s3", f"-dir={server_dir}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
+            arguments = [WEED, f"-logdir={server_dir}", "server", "-s3", f"-dir={server_dir}"]
+            arguments += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-volume.minFreeSpace=32MiB"]
             arguments += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"]
             arguments += [f"-s3.config={server_dir}/s3.json", "-master.volumeSizeLimitMB=64", "-volume.max=64"]
             arguments += [f"-{name}.port={port}" for name, port in named]
