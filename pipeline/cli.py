@@ -312,7 +312,9 @@ def main() -> None:
     try:
         app()
     except TamisError as error:
-        print(f"tamis: {error}", file=sys.stderr)
+        from pipeline.report.format import harmless
+
+        print(f"tamis: {harmless(str(error))}", file=sys.stderr)  # it may quote a row, or the name of a column
         sys.exit(1)
     except KeyboardInterrupt:
         print("tamis: stopped; the same command continues where it was", file=sys.stderr)

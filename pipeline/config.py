@@ -28,10 +28,10 @@ from pydantic import (
 )
 
 from pipeline.concepts.kmeans import Cluster
+from pipeline.corpus.content import Content
 from pipeline.corpus.images import ImageColumn
 from pipeline.embed.base import Embed
 from pipeline.errors import ConfigError
-from pipeline.models.files import check_installed, existing, is_hub
 from pipeline.recipe import Recipe
 from pipeline.rewrite.base import Rewrite
 from pipeline.scores.base import Score
@@ -90,7 +90,7 @@ class Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class CorpusConfig(Model):
+class CorpusConfig(Content):
     """Where the corpus lies and which columns mean what."""
 
     path: str | list[str] = Field(
@@ -105,16 +105,6 @@ class CorpusConfig(Model):
     max_image_mb: float = Field(64, gt=0, le=1024, description="MiB of an image, or of a tar's member, at the most")
     image_roots: list[str] = Field(
         [], description="directories that paths to images may lead into, beside that of the file which names them"
-    )
-    prompt: str | list[str] | None = Field(
-        None, description="instead of `text`: column, or columns, that a response answers"
-    )
-    response: str | None = Field(None, description="column of the response, which alone counts as loss")
-    messages: str | None = Field(
-        None, description="instead of `text`: column of conversations, list<struct<role, content>> or JSON"
-    )
-    template: str | None = Field(
-        None, description="tokenizer whose chat template writes them: folder or hf://org/name (default: plain)"
     )
     id: str | None = Field(
         None, description="column that names a row; without it a row's id is the xxh3-128 of its text and its image"
@@ -131,30 +121,6 @@ class CorpusConfig(Model):
     )
     refresh: bool = Field(False, description="list an object store again instead of trusting the run's listing")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_text(cls, data: Any) -> Any:
-        """Where a text is made of other columns, `text` names none unless the user says so."""
-        if isinstance(data, dict) and any(data.get(role) is not None for role in ("prompt", "response", "messages")):
-            return {"text": None} | data
-        return data
-
-    @model_validator(mode="after")
-    def _chat_fits(self) -> CorpusConfig:
-        if (self.prompt is None) != (self.response is None) or self.prompt == []:
-            raise ValueError("`prompt` and `response` go together: name the columns of both")
-        if self.prompt is not None and self.messages is not None:
-            raise ValueError("a row is either `prompt` and `response` or `messages`: remove one of them")
-        if self.chat_columns and self.text is not None:
-            raise ValueError("the text is made of prompt and response, or of messages: remove `text`")
-        if self.template is not None:
-            if not self.chat_columns:
-                raise ValueError("`template` writes conversations: name `prompt` and `response`, or `messages`")
-            check_installed("corpus.template", "models", "transformers", "jinja2")
-            if not is_hub(self.template):
-                existing(self.template, "tokenizer*.json")
-        return self
-
     @model_validator(mode="after")
     def _some_content(self) -> CorpusConfig:
         if self.text is None and self.image is None and not self.chat_columns:
@@ -169,20 +135,6 @@ class CorpusConfig(Model):
     def image_column(self) -> ImageColumn | None:
         """How images are read; None where the corpus has none."""
         return ImageColumn(self.image, self.max_image_bytes, tuple(self.image_roots)) if self.image else None
-
-    @property
-    def has_text(self) -> bool:
-        """Whether rows have a text, a column of its own or one that is made of a conversation."""
-        return self.text is not None or bool(self.chat_columns)
-
-    @property
-    def prompts(self) -> tuple[str, ...]:
-        return (self.prompt,) if isinstance(self.prompt, str) else tuple(self.prompt or ())
-
-    @property
-    def chat_columns(self) -> tuple[str, ...]:
-        """Columns that a conversation is made of; none where the corpus holds texts."""
-        return tuple(name for name in (*self.prompts, self.response, self.messages) if name is not None)
 
     @property
     def paths(self) -> list[str]:

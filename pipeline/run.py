@@ -34,7 +34,7 @@ from pipeline import __version__
 from pipeline.artifact import Artifact, BuildTask
 from pipeline.corpus.chat import TYPES
 from pipeline.corpus.listing import File, list_corpus, read_footers
-from pipeline.corpus.roles import chat_of, checked_schema, wanted_columns
+from pipeline.corpus.roles import checked_schema, wanted_columns
 from pipeline.corpus.shards import MIB, Shard, default_shard_bytes, plan_shards
 from pipeline.corpus.storage import Store
 from pipeline.corpus.tar import index_place, is_tar
@@ -172,9 +172,10 @@ class Run:
         self.listing = list_corpus(corpus.paths, self.store, wanted_columns(corpus), corpus.refresh, self._read_chunks)
         self.schema = checked_schema(corpus, self.listing)
         self._has_tars = any(map(is_tar, self.listing["uri"].to_pylist()))
-        chat = chat_of(corpus, self.schema)
+        chat = corpus.chat("corpus")
         self.manifest.pop("chat", None)
-        if chat is not None:  # noted for whoever looks
+        if chat is not None:
+            chat.check(self.schema)
             self.manifest["chat"] = asdict(chat)
         self.shards = plan_shards(self.listing, self._shard_bytes(), self.store, corpus.max_image_bytes)
         if not self.rows:

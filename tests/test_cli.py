@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -66,6 +67,13 @@ def test_a_mistake_is_one_message_and_exit_code_1(config: Path) -> None:
     assert failed.returncode == 1
     assert f"{config}:3: select.budgte: unknown key; did you mean 'budget'?" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+def test_a_mistake_shows_what_a_corpus_calls_its_columns_and_does_not_run_it(config: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"\x1b[31mred\x9b": ["a"]}), tmp_path / "hostile.parquet")
+    failed = run(TAMIS, "curate", str(config), "--set", f"corpus.path={tmp_path / 'hostile.parquet'}")
+    assert failed.returncode == 1
+    assert "corpus.text: the corpus has no column 'text'; it has ␛[31mred\ufffd\n" in failed.stderr
 
 
 def test_a_score_of_ones_own_lies_where_the_command_is_typed(config: Path, tmp_path: Path) -> None:

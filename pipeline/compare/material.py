@@ -152,7 +152,7 @@ def sourced(source: Source, column: str | None) -> Iterator[pa.Table]:
     """Usable documents of a source with what they are of, by the column that says so: null without one."""
     for batch in source.batches(source.columns | ({SOURCE: column} if column else {})):
         of = batch.column(SOURCE).cast(pa.string()) if column else pa.nulls(len(batch), pa.string())
-        rows = pa.table({"document": source.documents_in(batch), "source": of})
+        rows = pa.table({"document": source.documents_in(batch)[0], "source": of})
         yield rows.filter(rows["document"].is_valid())
 
 

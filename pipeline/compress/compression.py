@@ -32,13 +32,14 @@ from pipeline.compress import folder
 from pipeline.compress.calibration import Calibration
 from pipeline.compress.choice import choose
 from pipeline.compress.config import Compress
-from pipeline.compress.data import by_score, curated, handoff, pack_blocks, set_apart, sources
+from pipeline.compress.data import Source, by_score, curated, handoff, pack_blocks, set_apart, sources
 from pipeline.compress.documents import conversations, shortened
 from pipeline.compress.parent import parent_folder
 from pipeline.compress.place import read_json, working_in
 from pipeline.compress.steps._tokenizer import trimmed_fast
 from pipeline.compress.steps.base import Step
 from pipeline.compress.steps.vocab import Vocab
+from pipeline.corpus.content import Content
 from pipeline.corpus.storage import Store
 from pipeline.engine.progress import stage
 from pipeline.errors import ConfigError
@@ -54,6 +55,8 @@ VERSION = 1
 HELD_OUT_TOKENS = 65_536
 UNSEEN_DOCUMENTS, UNSEEN_CHARS = 256, 4000
 """Documents, and characters of each, that bits per byte are measured on, at the most."""
+REASONS = 20
+"""Why rows are unusable, the most frequent: a chat template gives its own."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ class Blocks:
     unseen: pa.Array
     """Documents of `held_out`, some of them, to measure on."""
     fingerprint: str
+    unusable: Counter[str]
+    """Rows to heal on that were left out, by reason."""
 
 
 @dataclass
@@ -82,7 +87,8 @@ class Smaller:
 @dataclass(frozen=True)
 class Compressed:
     """Where the result is, parameters before and after, and what the parent, the cut and the healed model (None where
-    nothing was healed) say of unseen texts of the data: bits per byte, which do not depend on the vocabulary."""
+    nothing was healed) say of unseen texts of the data: bits per byte, which do not depend on the vocabulary. Rows of
+    the data that were left out, by reason."""
 
     folder: str
     report: str
@@ -90,6 +96,7 @@ class Compressed:
     dense: float
     cut: float
     healed: float | None
+    unusable: Counter[str]
 
 
 def compress(config: Compress, quiet: bool = False) -> Compressed:
@@ -100,10 +107,11 @@ def compress(config: Compress, quiet: bool = False) -> Compressed:
 
 def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     began = time.monotonic()
+    data = sources(config.data, config)
     with stage("parent", quiet):
         parent = parent_folder(config.model, directory / "parent", config.held_out, config.seed)
         model, tokenizer = folder.load(parent)
-    blocks = gather(config, tokenizer)
+    blocks = gather(config, data, tokenizer)
     dense = language(model, tokenizer, blocks.unseen)
     before = folder.count(model)
 
@@ -135,7 +143,7 @@ def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     after = folder.count(student, masks)
     vocabulary = np.array(report["vocabulary"], np.int64) if "vocabulary" in report else None
     if vocabulary is not None:
-        blocks = gather(config, tokenizer)  # in the new tokens
+        blocks = gather(config, data, tokenizer)  # in the new tokens
 
     healed = None
     if config.recover:
@@ -164,6 +172,7 @@ def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     whole = report | {
         "config": config.model_dump(mode="json"),
         "data": blocks.fingerprint,
+        "unusable_rows": dict(blocks.unusable.most_common(REASONS)),
         "dense": dense,
         "before": before,
         "after": after,
@@ -171,14 +180,16 @@ def _compress(config: Compress, directory: Path, quiet: bool) -> Compressed:
     }
     Store(str(directory)).write(json.dumps(whole, indent=2).encode(), "compress.json")
     where = (str(directory / "model"), str(directory / "compress.json"))
-    return Compressed(*where, (before["all"] or 0, after["all"] or 0), dense, report["language"], healed)
+    parameters = (before["all"] or 0, after["all"] or 0)
+    return Compressed(*where, parameters, dense, report["language"], healed, blocks.unusable)
 
 
-def gather(config: Compress, tokenizer: PreTrainedTokenizerFast) -> Blocks:
-    """The blocks of the configured data; what is measured on is in neither of the others."""
-    to_calibrate, to_recover = sources(config.data, config.text)
+def gather(config: Compress, data: tuple[Source, Source], tokenizer: PreTrainedTokenizerFast) -> Blocks:
+    """The blocks of what there is to calibrate from and to heal on; what is measured on is in neither of the others."""
+    to_calibrate, to_recover = data
     length = config.calibration.length or config.length
-    measured, rest = set_apart(to_recover.documents(), config.held_out, config.seed)
+    unusable: Counter[str] = Counter()
+    measured, rest = set_apart(to_recover.documents(unusable), config.held_out, config.seed)
     unseen = shortened(measured.slice(0, UNSEEN_DOCUMENTS), UNSEEN_CHARS)
     if not len(unseen):
         raise ConfigError("held_out: no text of the data is set apart to measure on: raise the share")
@@ -190,6 +201,7 @@ def gather(config: Compress, tokenizer: PreTrainedTokenizerFast) -> Blocks:
         pack_blocks(measured, tokenizer, config.length, HELD_OUT_TOKENS, config.seed),
         unseen,
         fingerprint(to_calibrate.fingerprint, to_recover.fingerprint, config.length, length, config.held_out),
+        unusable,
     )
 
 
@@ -223,7 +235,7 @@ def _standing(model: nn.Module, masks: Mapping[str, torch.Tensor], kind: str) ->
 def counting_in(step: Step, config: Compress) -> Step:
     """A vocabulary step counts tokens in the data that heal the model, unless it says where."""
     if isinstance(step, Vocab) and step.corpus is None:
-        return step.model_copy(update={"corpus": config.data, "text": config.text})
+        return step.model_copy(update={"corpus": config.data} | {n: getattr(config, n) for n in Content.model_fields})
     return step
 
 

@@ -12,6 +12,7 @@ from pipeline.compress.recover.base import Recovery
 from pipeline.compress.schedule.base import Schedule
 from pipeline.compress.steps.base import Step
 from pipeline.config import EngineConfig, Model, recipe_in
+from pipeline.corpus.content import Content
 from pipeline.models.files import check_installed, existing, is_hub
 from pipeline.models.training import Shape
 
@@ -84,12 +85,14 @@ RecoveryOf = SerializeAsAny[Annotated[Recovery, recipe_in("pipeline.compress.rec
 ScheduleOf = SerializeAsAny[Annotated[Schedule, recipe_in("pipeline.compress.schedule", Schedule)]]
 
 
-class Compress(Model):
+class Compress(Content):
     """A model, what to cut from it, and what to heal it on."""
 
     model: ParentOf = Field(description="folder, hf://org/name, or a small model to train here")
-    data: str | list[str] = Field(description="directory of a curated run, of texts or conversations; or Parquet files")
-    text: str = Field("text", description="text column, where `data` is Parquet")
+    data: str | list[str] = Field(
+        description="directory of a curated run, which knows what its rows are; or Parquet files, whose columns are "
+        "`text`, or `prompt` and `response`, or `messages`"
+    )
     calibration: CalibrationData = CalibrationData()
     steps: list[StepOf] = Field([], description="what makes the model smaller, in this order")
     recover: RecoveryOf | None = Field(None, description="how it is healed; without it, it is not")

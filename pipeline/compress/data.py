@@ -1,15 +1,16 @@
 """Documents to token blocks: what a model is calibrated, healed and measured on.
 
 A source is a curated run (its `handoff.json` names a calibration and a recovery set) or Parquet files, which then serve
-as both. The documents of a run are its texts, or its conversations as it renders them; those of files are texts. They
-are tokenised without special tokens of their own, closed by the end token, and packed end to end into blocks of one
-length, as pretraining does; nothing is padded. What is measured on is set apart by document before anything else is
-drawn, so no text is on both sides.
+as both. Documents are texts or conversations: a run knows which, and how it writes them, of files the configuration
+says so. They are tokenised without special tokens of their own, closed by the end token, and packed end to end into
+blocks of one length, as pretraining does; nothing is padded. What is measured on is set apart by document before
+anything else is drawn, so no text is on both sides.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -21,6 +22,7 @@ import pyarrow.dataset as ds
 
 from pipeline.compress.documents import closing, text_of, tokens_of
 from pipeline.corpus.chat import Chat
+from pipeline.corpus.content import Content
 from pipeline.corpus.listing import expand
 from pipeline.corpus.storage import Store, resolve
 from pipeline.corpus.text import clean_text
@@ -65,33 +67,58 @@ class Source:
         """What `documents_in` reads of the files, by the names that it knows it by."""
         return {"text": str(self.column)} if self.chat is None else {name: name for name in self.chat.columns}
 
-    def documents(self) -> Iterator[pa.Array]:
-        """Usable documents, batch by batch in the files' order. Raises CorpusError for unreadable files."""
-        for batch in self.batches(self.columns):
-            yield self.documents_in(batch).drop_null()
+    def documents(self, refused: Counter[str] | None = None) -> Iterator[pa.Array]:
+        """Usable documents, batch by batch in the files' order; rows that are not are counted by reason in `refused`.
 
-    def documents_in(self, rows: pa.RecordBatch) -> pa.Array:
-        """The document of every row; null where it is of no use."""
+        Raises CorpusError for unreadable files, and where no row is usable.
+        """
+        refused = Counter() if refused is None else refused
+        usable = 0
+        for batch in self.batches(self.columns):
+            documents, reasons = self.documents_in(batch)
+            if reasons is not None:
+                for found in pc.value_counts(reasons.drop_null()).to_pylist():
+                    refused[found["values"]] += found["counts"]
+            usable += len(documents) - documents.null_count
+            yield documents.drop_null()
+        if refused and not usable:
+            (reason, rows), *_ = refused.most_common(1)
+            raise CorpusError(f"data: none of its {refused.total():,} rows is usable; {rows:,} of them: {reason}")
+
+    def documents_in(self, rows: pa.RecordBatch) -> tuple[pa.Array, pa.Array | None]:
+        """The document of every row, null where it is of no use, and the reasons (None where all are)."""
         if self.chat is None:
-            return clean_text(rows.column("text"))[0].cast(pa.large_string())
+            texts, reasons = clean_text(rows.column("text"))
+            return texts.cast(pa.large_string()), reasons
         found = self.chat.render({name: rows.column(name) for name in self.chat.columns})
         parts = {name: getattr(found, name) for name in self.chat.references}
-        return pa.StructArray.from_arrays(list(parts.values()), list(parts), mask=found.text.is_null())
+        made = pa.StructArray.from_arrays(list(parts.values()), list(parts), mask=found.text.is_null())
+        return made, found.reasons
 
     def batches(self, columns: Mapping[str, str]) -> Iterator[pa.RecordBatch]:
         """Some columns of all rows as they are stored: by the names that they are to have; `a.b` is a field."""
         for uri in self.files:
-            filesystem, path = resolve(uri)
             try:
-                read = ds.dataset(path, filesystem=filesystem, format="parquet")
-                fields = [*read.schema.names, *(f"{TAMIS}.{f}" for f in _struct(read.schema))]
-                if missing := next((c for c in columns.values() if c not in fields), None):
-                    raise CorpusError(f"{uri} has no column {missing!r}; it has {', '.join(fields)}")
+                read = self.opened(uri, columns)
                 parts = {c: (c,) if c in read.schema.names else tuple(c.split(".")) for c in columns.values()}
                 wanted = {name: ds.field(*parts[c]) for name, c in columns.items()}
                 yield from read.to_batches(columns=wanted, batch_size=BATCH_ROWS)
             except (pa.ArrowException, OSError) as error:
                 raise CorpusError(f"cannot read {uri}: {error}") from error
+
+    def opened(self, uri: str, columns: Mapping[str, str]) -> ds.Dataset:
+        """A file that has the columns. Raises ConfigError, CorpusError where it has not or cannot be read."""
+        filesystem, path = resolve(uri)
+        try:
+            read = ds.dataset(path, filesystem=filesystem, format="parquet")
+        except (pa.ArrowException, OSError) as error:
+            raise CorpusError(f"cannot read {uri}: {error}") from error
+        if self.chat is not None:
+            self.chat.check(read.schema, "data")
+        fields = [*read.schema.names, *(f"{TAMIS}.{f}" for f in _struct(read.schema))]
+        if missing := next((c for c in columns.values() if c not in fields), None):
+            raise CorpusError(f"{uri} has no column {missing!r}; it has {', '.join(fields)}")
+        return read
 
 
 def _struct(schema: pa.Schema) -> list[str]:
@@ -99,22 +126,30 @@ def _struct(schema: pa.Schema) -> list[str]:
     return [f.name for f in schema.field(TAMIS).type] if TAMIS in schema.names else []
 
 
-def sources(data: str | Sequence[str], column: str = "text") -> tuple[Source, Source]:
-    """Where to calibrate from and where to recover on: a curated run's hand-off, or the same Parquet files twice.
+def sources(data: str | Sequence[str], content: Content) -> tuple[Source, Source]:
+    """Where to calibrate from and where to recover on: a curated run's hand-off, or the same Parquet files twice, whose
+    rows are what `content` says.
 
     Raises ConfigError where there is neither, or where a run has not been curated or wrote an empty set.
     """
     if isinstance(data, str):
         described = handoff(data)
         if described is not None:
+            if content.chat_columns:
+                raise ConfigError(f"data: the run {data} knows what its rows are: remove the columns and `template`")
             return _handed(data, described, "calibration"), _handed(data, described, "recovery")
-    found = parquet([data] if isinstance(data, str) else data, column)
+    found = parquet([data] if isinstance(data, str) else data, content)
     return found, found
 
 
-def parquet(paths: Sequence[str], column: str) -> Source:
-    """Parquet files, directories and globs as a source of texts. Raises ConfigError where there are none."""
-    return Source(column).at(paths)
+def parquet(paths: Sequence[str], content: Content) -> Source:
+    """Parquet files, directories and globs as a source of texts or conversations. Raises ConfigError where there are
+    none, or a tokenizer has no chat template; CorpusError where the first lacks a column or cannot be read."""
+    if not content.has_text:
+        raise ConfigError("data: a row needs a content: name the column of `text` or of `messages`")
+    found = Source(content.text, content.chat("data")).at(paths)
+    found.opened(found.files[0], found.columns)
+    return found
 
 
 def handoff(run: str) -> dict[str, Any] | None:
@@ -160,7 +195,7 @@ def by_score(source: Source, score: str) -> pa.Array:
     """Documents of a curated set, the highest of a score first. Raises CorpusError where the files do not carry it."""
     rows = pa.Table.from_batches(list(source.batches(source.columns | {SCORE: f"{TAMIS}.{score}"})))
     best = rows.take(pc.sort_indices(rows, sort_keys=[(SCORE, "descending")]))
-    return pa.concat_arrays([source.documents_in(batch) for batch in best.to_batches()]).drop_null()
+    return pa.concat_arrays([source.documents_in(batch)[0] for batch in best.to_batches()]).drop_null()
 
 
 def pack_blocks(

@@ -9,6 +9,7 @@ import numpy as np
 
 from pipeline.compress.config import Small
 from pipeline.compress.data import pack_blocks, parquet, set_apart
+from pipeline.corpus.content import Content
 from pipeline.errors import TamisError
 from pipeline.models.files import existing, fetch, is_hub
 from pipeline.models.training import END, new_lm, save_lm, train_lm, train_tokenizer
@@ -34,7 +35,7 @@ def parent_folder(model: str | Small, directory: Path, held_out: float, seed: in
 
 def _trained(small: Small, directory: Path, held_out: float, seed: int) -> Path:
     paths = [small.train_on] if isinstance(small.train_on, str) else small.train_on
-    source = parquet(paths, small.text)
+    source = parquet(paths, Content(text=small.text))
     folder = directory / fingerprint("small", 1, small.model_dump(mode="json"), source.fingerprint, held_out, seed)[:12]
     if (folder / "config.json").exists():
         return folder

@@ -219,8 +219,8 @@ class Chat:
         return re.compile(rf"\s*(?:{'|'.join(map(re.escape, self.ends))})") if self.ends else None
 
 
-def template_of(name: str) -> dict[str, Any]:
-    """`template`, `variables` and `ends` of a tokenizer's folder, or of `hf://org/name[@revision]`.
+def template_of(name: str, of: str = "corpus") -> dict[str, Any]:
+    """`template`, `variables` and `ends` of a tokenizer's folder, or of `hf://org/name[@revision]`; `of` asks for it.
 
     Raises MissingExtra, and ConfigError where there is no tokenizer or it has no chat template.
     """
@@ -236,7 +236,7 @@ def template_of(name: str) -> dict[str, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **where)
         template = tokenizer.get_chat_template()
     except (OSError, ValueError) as error:
-        raise ConfigError(f"corpus.template: {name!r} gives no chat template: {error}") from error
+        raise ConfigError(f"{of}.template: {name!r} gives no chat template: {error}") from error
     variables = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
     special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     ends = [token for token in special if token in template or token in variables.values()]

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from pipeline.corpus.chat import Chat, template_of
 from pipeline.corpus.images import is_image
 from pipeline.corpus.listing import schema_with
 from pipeline.corpus.text import is_text
@@ -36,13 +35,3 @@ def checked_schema(corpus: CorpusConfig, listing: pa.Table) -> pa.Schema:
     if corpus.image is not None and not is_image(kind := schema.field(corpus.image).type):
         raise ConfigError(f"corpus.image: column {corpus.image!r} is {kind}, not images: bytes or paths")
     return schema
-
-
-def chat_of(corpus: CorpusConfig, schema: pa.Schema) -> Chat | None:
-    """How the corpus's conversations are written, where it holds any. Raises ConfigError."""
-    if not corpus.chat_columns:
-        return None
-    found = template_of(corpus.template) if corpus.template else {}
-    chat = Chat(corpus.prompts, corpus.response, corpus.messages, **found)
-    chat.check(schema)
-    return chat

@@ -39,6 +39,11 @@ def visible(text: str, length: int) -> str:
     return "".join(shown).rstrip() + "…" * more
 
 
+def harmless(text: str) -> str:
+    """All of a text, its lines as they are, with nothing else in it that acts."""
+    return "\n".join("".join(map(_safe, line)) for line in text.split("\n"))
+
+
 def _safe(character: str) -> str:
     if unicodedata.category(character) not in UNSAFE or character in HARMLESS:
         return character

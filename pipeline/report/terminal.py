@@ -96,6 +96,9 @@ def print_compressed(result: Compressed) -> None:
     lines += [("healed", f"{result.healed:.4g}")] if result.healed is not None else []
     print_table(out, ["", "bits per byte"], lines, "ln")
     out.print()
+    if result.unusable:
+        often = visible(result.unusable.most_common(1)[0][0], 90)
+        out.print(text(f"Left out {plural(result.unusable.total(), 'unusable row')}, most often: {often}"))
     out.print(text(f"Model   {result.folder}"))
     out.print(text(f"Report  {result.report}"))
 

@@ -15,6 +15,7 @@ pytest.importorskip("torch")
 from pipeline.compress import compression, folder
 from pipeline.compress.compression import compress
 from pipeline.compress.config import METHODS, Compress, methods
+from pipeline.compress.data import sources
 from pipeline.config import parse_as
 from pipeline.corpus.storage import Store
 from pipeline.errors import ConfigError, RunLocked, TamisError
@@ -93,7 +94,7 @@ def test_what_is_measured_on_is_not_trained_on(tiny_run: str, tmp_path: Path, mo
     monkeypatch.setattr(compression, "pack_blocks", watched)
     config = configured(tiny_run, tmp_path)
     _, tokenizer = folder.load(parent_folder(config.model, tmp_path / "parent", config.held_out, config.seed))
-    blocks = compression.gather(config, tokenizer)
+    blocks = compression.gather(config, sources(config.data, config), tokenizer)
     (calibration, _), (recovery, _), (held_out, _) = packed
     assert calibration
     assert recovery

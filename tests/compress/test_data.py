@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.compress.data import by_score, curated, pack_blocks, parquet, set_apart, sources
+from pipeline.corpus.content import Content
 from pipeline.errors import ConfigError, CorpusError
 
 pytest.importorskip("tokenizers")
@@ -84,35 +85,35 @@ def test_a_text_is_on_one_side_in_whatever_set_it_is_met(found: list[str], share
 
 def test_unusable_texts_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one", None, "  ", "two"]}), tmp_path / "a.parquet")
-    assert [t.to_pylist() for t in parquet([str(tmp_path)], "text").documents()] == [["one", "two"]]
+    assert [t.to_pylist() for t in parquet([str(tmp_path)], Content()).documents()] == [["one", "two"]]
 
 
 def test_parquet_serves_as_both_sets(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
-    calibrate, recover = sources(str(tmp_path / "a.parquet"))
+    calibrate, recover = sources(str(tmp_path / "a.parquet"), Content())
     assert calibrate == recover
 
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
     pq.write_table(pa.table({"body": ["one"]}), tmp_path / "a.parquet")
     with pytest.raises(CorpusError, match=r"no column 'text'; it has body"):
-        list(parquet([str(tmp_path)], "text").documents())
+        list(parquet([str(tmp_path)], Content()).documents())
 
 
 def test_what_is_neither_a_run_nor_parquet_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a curated run nor Parquet"):
-        sources(str(tmp_path / "nothing"))
+        sources(str(tmp_path / "nothing"), Content())
 
 
 def test_a_run_that_handed_over_nothing_says_why(tmp_path: Path) -> None:
     why = {"num_samples": 0, "why": "handoff.recovery_tokens: not even one row fits"}
     (tmp_path / "handoff.json").write_text(json.dumps({"text_column": "text", "calibration": why, "recovery": why}))
     with pytest.raises(ConfigError, match="not even one row fits"):
-        sources(str(tmp_path))
+        sources(str(tmp_path), Content())
 
 
 def test_the_hand_off_of_a_run_is_read(tiny_run: str) -> None:
-    calibrate, recover = sources(tiny_run)
+    calibrate, recover = sources(tiny_run, Content())
     found = [sum(len(t) for t in source.documents()) for source in (calibrate, recover)]
     assert found[0] == 20
     assert found[1] > 50

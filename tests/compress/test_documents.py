@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 pytest.importorskip("torch")
@@ -21,7 +23,7 @@ from pipeline.compare.measures.language import bits_per_byte, divergence
 from pipeline.compress import choice, folder
 from pipeline.compress.calibration import LABELS, Calibration, token_loss
 from pipeline.compress.compression import compress
-from pipeline.compress.data import curated, pack_blocks, set_apart
+from pipeline.compress.data import curated, pack_blocks, parquet, set_apart
 from pipeline.compress.documents import (
     closing,
     conversations,
@@ -38,7 +40,8 @@ from pipeline.compress.recover.distill import Distill
 from pipeline.compress.recover.full import Full
 from pipeline.compress.recover.perp import Perp
 from pipeline.compress.steps.vocab import rewrite
-from pipeline.errors import ConfigError, TamisError
+from pipeline.corpus.content import Content
+from pipeline.errors import ConfigError, CorpusError, TamisError
 from tests.compress.test_compression import configured
 from tests.tiny_chat import END, START, TEMPLATE, answering, rendered
 from tests.tiny_lm import BIRDS, sentences
@@ -249,6 +252,85 @@ def test_tokens_are_trimmed_by_what_conversations_use(chat_run: str, tuned: Path
     assert {START, END} <= set(tokenizer.get_vocab())
     assert result.healed is not None
     assert result.healed < result.cut
+
+
+def instructed(place: Path, rows: int) -> Path:
+    """Conversations in a file that no run has seen, the last two of no use."""
+    asked, said = sentences(rows, seed=1, words=BIRDS), sentences(rows)
+    pq.write_table(pa.table({"asked": [*asked, "wren", None], "said": [*said, " ", "oak"]}), place / "chats.parquet")
+    return place / "chats.parquet"
+
+
+def test_conversations_in_files_are_healed_on_as_those_of_a_run(tuned: Path, tmp_path: Path) -> None:
+    file = instructed(tmp_path, 200)
+    written = {"prompt": "asked", "response": "said", "template": str(tuned)}
+    steps = [{"method": "llm_pruner", "ratio": 0.4}, {"kind": "vocab", "coverage": 0.5, "tokenizer": str(tuned)}]
+    asked = configured(str(file), tmp_path / "made", model=str(tuned), steps=steps, **written)
+    result = compress(asked, quiet=True)
+    assert result.healed is not None
+    assert result.healed < result.cut
+    assert result.unusable == {"empty response": 1, "no prompt": 1}
+    noted = json.loads(Path(result.report).read_text())
+    assert noted["unusable_rows"] == {"empty response": 1, "no prompt": 1}
+    assert "unseen responses" in (Path(result.folder) / "README.md").read_text()
+    _, tokenizer = folder.load(Path(result.folder))
+    assert len(tokenizer) < 300  # counted in the conversations as well
+    assert {START, END} <= set(tokenizer.get_vocab())
+
+
+def test_messages_in_files_say_what_their_columns_say(tuned: Path, tmp_path: Path) -> None:
+    pairs = [("wren owl", "oak pine"), ("owl", "pine")]
+    turns = [[{"role": "user", "content": p}, {"role": "assistant", "content": r}] for p, r in pairs]
+    pq.write_table(pa.table({"messages": [json.dumps(t) for t in turns]}), tmp_path / "json.parquet")
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "struct.parquet")
+    wanted = rendered(*pairs, template=tuned).to_pylist()
+    for name in ("json", "struct"):
+        source = parquet([str(tmp_path / f"{name}.parquet")], Content(messages="messages", template=str(tuned)))
+        assert [row for documents in source.documents() for row in documents.to_pylist()] == wanted
+
+
+@pytest.mark.parametrize(
+    ("written", "error", "words"),
+    [
+        (
+            {"prompt": "asked", "response": "answer"},
+            ConfigError,
+            r"^data.response: there is no column 'answer', only asked, said",
+        ),
+        ({"messages": "said"}, CorpusError, r"none of its 12 rows is usable; 11 of them: messages are not JSON"),
+        ({"text": None}, ConfigError, r"name the column of `text` or of `messages`"),
+        ({"prompt": "asked"}, ConfigError, r"`prompt` and `response` go together"),
+        ({"prompt": "asked", "response": "said", "text": "said"}, ConfigError, r"remove `text`"),
+        ({"template": "."}, ConfigError, r"`template` writes conversations"),
+    ],
+)
+def test_files_that_are_not_what_was_said(
+    written: dict[str, Any], error: type[TamisError], words: str, tuned: Path, tmp_path: Path
+) -> None:
+    file = instructed(tmp_path, 10)
+    with pytest.raises(error, match=words):
+        compress(configured(str(file), tmp_path / "made", model=str(tuned), **written), quiet=True)
+
+
+def test_columns_are_looked_for_before_a_model_is_trained(tmp_path: Path) -> None:
+    asked = configured(str(instructed(tmp_path, 10)), tmp_path / "made", messages="turns")
+    assert not isinstance(asked.model, str)
+    with pytest.raises(ConfigError, match=r"^data.messages: there is no column 'turns', only asked, said"):
+        compress(asked, quiet=True)
+    assert not (tmp_path / "made" / "parent").exists()
+
+
+def test_a_tokenizer_without_a_template_writes_none(tuned: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(tuned, bare)
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"^data.template: .* gives no chat template"):
+        parquet([str(instructed(tmp_path, 10))], Content(prompt="asked", response="said", template=str(bare)))
+
+
+def test_a_run_is_not_told_what_its_rows_are(chat_run: str, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"knows what its rows are: remove the columns"):
+        compress(configured(chat_run, tmp_path, model=str(tuned), messages="messages"), quiet=True)
 
 
 def test_the_template_is_part_of_what_identifies_the_data(chat_run: str, tmp_path: Path) -> None:

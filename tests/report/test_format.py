@@ -6,13 +6,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.report.format import HARMLESS, UNSAFE, duration, explain, plural, share, short, size, visible
+from pipeline.report.format import HARMLESS, UNSAFE, duration, explain, harmless, plural, share, short, size, visible
 
 HOSTILE = "a\x1b[31mred\x1b[0m\x07 b\u202ec\u2066d\x9b1m\x00e\x7f \U000e0041\u2028f\ufeff"
 
 
 def test_what_acts_becomes_a_mark() -> None:
     assert visible(HOSTILE, 100) == "a␛[31mred␛[0m␇ b\ufffdc\ufffdd\ufffd1m␀e␡ \ufffd f\ufffd"
+
+
+def test_of_a_message_all_is_shown_and_nothing_acts() -> None:
+    assert harmless(f"  a list:\n    {HOSTILE[:9]}\r\n\nend\ud800") == "  a list:\n    a␛[31mred␍\n\nend\ufffd"
 
 
 def test_text_of_real_scripts_stays() -> None:

@@ -24,6 +24,7 @@ from pipeline.compress.documents import read_ids, tokens_of
 from pipeline.compress.steps._tokenizer import closed, rewritten, trimmed
 from pipeline.compress.steps.base import Outcome, Step
 from pipeline.compress.surgery import keep_tokens
+from pipeline.corpus.content import Content
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,13 +35,15 @@ if TYPE_CHECKING:
     from pipeline.compress.calibration import Batch, Calibration
 
 
-class Vocab(Step):
-    """Keep the tokens that cover a share of a corpus's tokens, and what no text can be written without."""
+class Vocab(Content, Step):
+    """Keep the tokens that cover a share of a corpus's tokens, and what no text can be written without.
+
+    Rows of Parquet files are the texts or conversations that the step says.
+    """
 
     kind: Literal["vocab"] = "vocab"
     coverage: float = Field(0.999, gt=0, le=1, description="share of the corpus's tokens that keep their token")
     corpus: str | list[str] | None = Field(None, description="curated run or Parquet files to count in")
-    text: str = Field("text", description="their column, where they are Parquet files")
     texts: int = Field(100_000, ge=1, description="texts to count in, from the first on")
     tokenizer: str | None = Field(None, description="folder of the tokenizer (default: the one the model came from)")
 
@@ -96,7 +99,7 @@ class Vocab(Step):
             return sum((np.bincount(ids, minlength=size) for ids in rows), np.zeros(size, np.int64))
         run = isinstance(self.corpus, str) and handoff(self.corpus) is not None
         paths = [self.corpus] if isinstance(self.corpus, str) else self.corpus
-        source = curated(paths[0]) if run else parquet(paths, self.text)
+        source = curated(paths[0]) if run else parquet(paths, self)
         counts, left = np.zeros(size, np.int64), self.texts
         for documents in source.documents():
             for ids in tokens_of(documents.slice(0, left), tokenizer):
