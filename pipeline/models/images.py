@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -308,6 +308,28 @@ def stream(images: pa.Array, preprocess: Preprocess, group: int, workers: int) -
                 yield Group(start + np.flatnonzero(good), pixels if good.all() else pixels[good], refused)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def pictures(
+    images: pa.Array, most: int, group: int, workers: int
+) -> Iterator[tuple[list[int], list[Image.Image], dict[int, str]]]:
+    """n encoded images as RGB of at most `most` pixels, `group` rows decoded at a time in `workers` threads: places,
+    pictures, and the reasons of the rows in between that are none."""
+    with ThreadPoolExecutor(workers, "decode") as pool, quiet():
+        for start in range(0, len(images), group):
+            found = list(pool.map(partial(_picture, most=most), images.slice(start, group).to_pylist()))
+            shown = {start + i: picture for i, picture in enumerate(found) if not isinstance(picture, str)}
+            refused = {start + i: reason for i, reason in enumerate(found) if isinstance(reason, str)}
+            yield list(shown), list(shown.values()), refused
+
+
+def _picture(data: bytes, most: int) -> Image.Image | str:
+    image = decode(data)
+    if isinstance(image, str) or image.width * image.height <= most:
+        return image
+    scale = math.sqrt(most / (image.width * image.height))
+    width, height = (max(1, math.floor(side * scale)) for side in image.size)
+    return image.resize((width, height), reducing_gap=GAP)
 
 
 @contextmanager

@@ -6,11 +6,14 @@ those that a data filtering network keeps. The judge there is a multimodal model
 (mlm-filter-qwen2.5-1.5b-gpt4o). Four metrics: image-text matching, object detail fulfilment, caption text quality and
 semantic understanding (names from memory, unverified; the wording of the prompts is ours).
 
-`model` is a causal language model, which reads the caption and sees no image: of the metrics it can judge the last two,
-and those only as far as the words go. The other two need a judge that sees: `judge: my_package.module:MyJudge`, a class
-with the interface of `pipeline.models.judge.Judge` and `needs_images = True`, which gets the encoded images beside the
-prompts. No multimodal model comes along or was tried here. A tiny one will not do: SmolLM2-135M-Instruct answered 100,
-or nothing that parses, to six captions out of six, noise among them, by either metric.
+`model` is a model of images and texts (LLaVA, Qwen-VL, SmolVLM and so on), or a causal language model, which reads the
+caption and sees no image: of the metrics it can judge the last two, and those only as far as the words go. Anything
+else is a `judge: my_package.module:MyJudge`, a class with the interface of `pipeline.models.judge.Judge`; with
+`needs_images = True` it gets the images beside the prompts, decoded to RGB and of at most `max_pixels`. Of models that
+see, tiny ones were tried here: a LLaVA that had learned to tell whether a caption names the colour of its image, and
+untrained Qwen2-VL, Idefics3 and Gemma 3, for the ways that images go in. A small one that was not taught the question
+will not do: SmolLM2-135M-Instruct answered 100, or nothing that parses, to six captions out of six, noise among them,
+by either metric.
 
 The score is the first number in the answer. An answer without one from 0 to 100 has no score: the row is in quarantine
 as `judge_parse`, never a 0. Judges like round numbers, so a limit falls on thousands of equal scores: give the budget a
@@ -27,7 +30,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, model_validator
@@ -35,13 +37,17 @@ from pydantic import Field, model_validator
 from pipeline.engine import threads
 from pipeline.errors import ConfigError
 from pipeline.models.causal import check_model, model_source
-from pipeline.models.files import folder_digest, folder_of
-from pipeline.models.judge import Judge, TextJudge, number_in
+from pipeline.models.files import check_installed, existing, folder_digest, folder_of, is_hub
+from pipeline.models.image_text import BATCH_ROWS
+from pipeline.models.images import pictures
+from pipeline.models.judge import BATCH, ImageJudge, Judge, TextJudge, number_in, sees
 from pipeline.recipe import QUARANTINE, Column, Resources, Transform, fingerprint
 from pipeline.scores._pairs import check_pairs
 from pipeline.scores.base import Score
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipeline.artifact import Artifact
     from pipeline.run import Run
 
@@ -66,16 +72,21 @@ class MlmFilter(Score):
     """A judge's number, in [0, 100]."""
 
     claim = "a language model that was told what to look for finds it good"
-    cost = "2 N FLOPs a token of the prompt and the answer, N parameters of the judge"
+    cost = "2 N FLOPs a token of the image, the prompt and the answer, N parameters of the judge"
     source = "Wang et al. 2024 (MLM-Filter), arXiv 2403.02677"
     kind: Literal["mlm_filter"] = "mlm_filter"
-    model: str | None = Field(None, description="folder of an instruction-tuned causal model, or hf://org/name")
+    model: str | None = Field(
+        None, description="folder of an instruction-tuned model, of images and texts or causal, or hf://org/name"
+    )
     judge: str | None = Field(None, description="instead of `model`: a judge of yours, my_package.module:MyJudge")
     metric: Literal[
         "semantic_understanding", "caption_text_quality", "image_text_matching", "object_detail_fulfillment"
     ] = "semantic_understanding"
     prompt: str | None = Field(None, description="what is asked instead, with {text} where the caption goes")
     max_chars: int = Field(2000, ge=1, description="characters of a caption that the judge reads")
+    max_pixels: int = Field(
+        1 << 20, ge=1 << 10, description="pixels that the judge is shown; a larger image is reduced"
+    )
     max_tokens: int = Field(1024, ge=32, description="tokens of a prompt; what is too much is cut off in front")
     max_new_tokens: int = Field(8, ge=1, description="tokens of an answer")
 
@@ -87,41 +98,56 @@ class MlmFilter(Score):
             raise ValueError(f"`prompt` has no {CAPTION}: the judge would not see the caption")
         if self.model is not None:
             check_model(self.kind, self.model)
-            if self.prompt is None and self.metric in SEEN:
-                raise ValueError(f"{self.metric} is about the image, which `model` does not see: give a `judge`")
+            if not is_hub(self.model):
+                self._check_sight(Path(self.model).expanduser())
         elif self.judge is not None:
             _judge_class(self.judge)
         return self
 
+    def _check_sight(self, folder: Path) -> bool:
+        """Whether a model takes images. Raises ValueError where it would have to, and where it lacks the means."""
+        seeing = sees(folder)
+        if seeing:
+            check_installed(f"scores.{self.kind}", "vision", "torchvision", "PIL")
+            existing(str(folder), "*processor_config.json")
+        elif self.prompt is None and self.metric in SEEN:
+            raise ValueError(f"{self.metric} is about the image, which `model` does not see: give one that does")
+        return seeing
+
     def column(self, run: Run) -> Column:
         engine = run.config.engine
-        inputs: Sequence[str] = ("text",)
         source, known = None, [self.judge]
         if self.model is not None:
             source = model_source(run, self.model)
             known = [folder_digest(folder_of(source))]
-        elif self.judge is not None and getattr(_judge_class(self.judge), "needs_images", False):
+            try:
+                seeing = self._check_sight(folder_of(source))
+            except ValueError as error:
+                raise ConfigError(f"scores.{self.column_name}: {error}") from error
+        else:
+            seeing = getattr(_judge_class(str(self.judge)), "needs_images", False)
+        if seeing:
             check_pairs(run, self.column_name)
-            inputs = ("image", "text")
         precision = "bfloat16" if engine.gpus else "float32"
         asked = self.model_dump(exclude={"name", "model", "judge"})
         return Column(
             self.column_name,
-            tuple(inputs),
+            ("image", "text") if seeing else ("text",),
             FIELDS,
-            partial(self._open, source, precision),
+            partial(self._open, source, precision, seeing),
             fingerprint("mlm filter", self.version, asked, known, precision),
             Resources(cpus=engine.cpus, gpus=engine.gpus),
-            batch_rows=256,
+            batch_rows=BATCH_ROWS,
         )
 
-    def _open(self, source: Artifact | Path | None, precision: str) -> Transform:
+    def _open(self, source: Artifact | Path | None, precision: str, seeing: bool) -> Transform:
         import torch
 
         torch.set_num_threads(threads.cpus())
         judge: Judge
         if source is not None:
-            judge = TextJudge(folder_of(source), self.max_tokens, self.max_new_tokens, precision)
+            kind = ImageJudge if seeing else TextJudge
+            judge = kind(folder_of(source), self.max_tokens, self.max_new_tokens, precision)
         else:
             assert self.judge is not None  # checked at the door
             judge = _judge_class(self.judge)()
@@ -130,13 +156,27 @@ class MlmFilter(Score):
         def score(batch: pa.RecordBatch) -> pa.RecordBatch:
             captions = pc.utf8_slice_codeunits(batch.column("text"), 0, self.max_chars).to_pylist()
             prompts = [template.replace(CAPTION, caption) for caption in captions]
-            images = batch.column("image").to_pylist() if "image" in batch.schema.names else None
-            answers = judge(images, prompts)
-            if len(answers) != len(prompts):
-                raise ConfigError(f"{self.judge} gave {len(answers)} answers to {len(prompts)} prompts")
-            values = pa.array([number_in(answer) for answer in answers], pa.float32())
-            why = pa.array(np.full(len(values), UNPARSED), mask=values.is_valid().to_numpy(zero_copy_only=False))
-            return pa.record_batch([values, why], schema=FIELDS)
+            numbers: list[float | None] = [None] * len(prompts)
+            why: list[str | None] = [UNPARSED] * len(prompts)
+
+            def ask(rows: Sequence[int], images: list[Image] | None) -> None:
+                answers = judge(images, [prompts[row] for row in rows])
+                if len(answers) != len(rows):
+                    raise ConfigError(f"{self.judge} gave {len(answers)} answers to {len(rows)} prompts")
+                for row, answer in zip(rows, answers, strict=True):
+                    numbers[row] = number_in(answer)
+
+            if seeing:
+                for rows, images, refused in pictures(batch.column("image"), self.max_pixels, BATCH, threads.cpus()):
+                    for row, reason in refused.items():
+                        why[row] = reason
+                    if rows:
+                        ask(rows, images)
+            else:
+                ask(range(len(prompts)), None)
+            values = pa.array(numbers, pa.float32())
+            reasons = pc.if_else(values.is_null(), pa.array(why, pa.string()), pa.scalar(None, pa.string()))
+            return pa.record_batch([values, reasons], schema=FIELDS)
 
         return score
 
