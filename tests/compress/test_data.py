@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,14 @@ def test_a_text_is_on_one_side_in_whatever_set_it_is_met(found: list[str], share
 def test_unusable_texts_are_left_out(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one", None, "  ", "two"]}), tmp_path / "a.parquet")
     assert [t.to_pylist() for t in parquet([str(tmp_path)], Content()).documents()] == [["one", "two"]]
+
+
+def test_what_is_left_out_is_counted_over_all_of_the_data(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        pq.write_table(pa.table({"text": ["one", None, "  "] * 700}), tmp_path / f"{name}.parquet")
+    refused: Counter[str] = Counter()
+    assert sum(map(len, parquet([str(tmp_path)], Content()).documents(refused))) == 1400
+    assert refused == {"null text": 1400, "blank text": 1400}
 
 
 def test_parquet_serves_as_both_sets(tmp_path: Path) -> None:

@@ -137,12 +137,12 @@ def test_an_image_is_shown_no_larger_than_was_said_and_what_is_none_is_not_shown
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 200, 3), np.uint8))
     sink = io.BytesIO()
     wide.save(sink, "PNG")
-    images = [sink.getvalue(), b"not an image", b"nor this", sink.getvalue()]
-    table = pa.table({"image": images, "text": ["one", "two", "three", "four"]})
+    images = [b"not an image" if row in (1, 20) else sink.getvalue() for row in range(22)]  # one in each of two groups
+    table = pa.table({"image": images, "text": [f"number {row}" for row in range(22)]})
     found = scored(tmp_path, table, {"judge": f"{judges}:Seeing", "max_pixels": 1024}, image="image")["score"]
     assert Seeing.sizes == {(64, 16)}
-    assert len(Seeing.asked) == 2
-    assert [value is None for value in found.to_pylist()] == [False, True, True, False]
+    assert len(Seeing.asked) == 22 - 16 - 1
+    assert [row for row, value in enumerate(found.to_pylist()) if value is None] == [1, 20]
     refused = pq.read_table(tmp_path / "run/quarantine/mlm_filter/part-00000.parquet")
     assert refused["reason"].to_pylist() == ["not an image of a known format"] * 2
 
@@ -278,6 +278,14 @@ def test_a_text_begins_once(template: str, image_judge: ImageJudge, monkeypatch:
     images, prompts = questions(1)
     assert image_judge(images, prompts) == ["90"]
     assert given["input_ids"][0].tolist().count(2) == 1
+
+
+def test_what_a_model_does_not_take_is_not_given(image_judge: ImageJudge) -> None:
+    image_judge.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    images, prompts = questions(1)
+    asked = image_judge.processor(text=image_judge._turn(prompts[0]), images=images)
+    assert "token_type_ids" in asked
+    assert number_in(image_judge(images, prompts)[0]) is not None
 
 
 def test_a_model_that_sees_needs_its_processor_and_a_template(looker: Path, tmp_path: Path) -> None:
