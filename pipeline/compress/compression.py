@@ -193,7 +193,9 @@ def gather(config: Compress, data: tuple[Source, Source], tokenizer: PreTrainedT
     unseen = shortened(measured.slice(0, UNSEEN_DOCUMENTS), UNSEEN_CHARS)
     if not len(unseen):
         raise ConfigError("held_out: no text of the data is set apart to measure on: raise the share")
-    _, calibration = set_apart(to_calibrate.documents(), config.held_out, config.seed)
+    calibration = rest
+    if to_calibrate != to_recover:
+        _, calibration = set_apart(to_calibrate.documents(), config.held_out, config.seed)
     wanted = config.calibration.rows * length * max(1, config.calibration.draws)
     return Blocks(
         pack_blocks(calibration, tokenizer, length, wanted, config.calibration.seed),

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.compress.data import by_score, curated, pack_blocks, parquet, set_apart, sources
+pytest.importorskip("torch")
+
+from pipeline.compress.compression import gather
+from pipeline.compress.data import Source, by_score, curated, pack_blocks, parquet, set_apart, sources
 from pipeline.corpus.content import Content
 from pipeline.errors import ConfigError, CorpusError
-
-pytest.importorskip("tokenizers")
+from tests.compress.test_compression import configured
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +103,20 @@ def test_parquet_serves_as_both_sets(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["one"]}), tmp_path / "a.parquet")
     calibrate, recover = sources(str(tmp_path / "a.parquet"), Content())
     assert calibrate == recover
+
+
+def test_files_that_serve_as_both_sets_are_read_once(
+    tmp_path: Path, tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(pa.table({"text": [f"abc {i}" for i in range(200)]}), tmp_path / "a.parquet")
+    config = configured(str(tmp_path / "a.parquet"), tmp_path / "made", held_out=0.2)
+    read: list[Source] = []
+    documents = Source.documents
+    monkeypatch.setattr(Source, "documents", lambda self, *rest: read.append(self) or documents(self, *rest))
+    blocks = gather(config, sources(config.data, config), tokenizer)
+    assert len(read) == 1
+    assert blocks.calibration.size
+    assert blocks.recovery.size
 
 
 def test_a_missing_column_is_named_with_those_that_are_there(tmp_path: Path) -> None:
